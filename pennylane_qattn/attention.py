@@ -1,0 +1,293 @@
+r"""The one causal mixer: `features -> scores -> weights -> weighted sum`, with its key/value cache.
+
+.. math::
+
+    a_{ij} = \mathrm{score}(q_i, k_j), \qquad w_{ij} = \mathrm{softmax}_j\, a_{ij}, \qquad
+    \mathrm{out}_i = \sum_{j \preceq i} w_{ij} v_j
+
+Masking, normalising, summing and caching are done here and nowhere else, so that no mechanism can see the future by
+accident. The mechanisms themselves are compositions of parts: `mechanisms.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pennylane_qattn.features import FeatureMap
+from pennylane_qattn.scores import Score
+
+
+class KeyValueCache:
+    """Keys, values, padding and positions of the tokens seen so far, for generation token by token.
+
+    Memory is taken once, at the first append, for `max_len` tokens.
+
+    Args:
+        batch_size: rows of the batch.
+        max_len: tokens it can hold: the block size of the attention.
+    """
+
+    def __init__(self, batch_size: int, max_len: int):
+        if batch_size < 1 or max_len < 1:
+            raise ValueError(f"a cache needs batch_size and max_len of at least 1; got {batch_size} and {max_len}")
+        self.batch_size, self.max_len = batch_size, max_len
+        self._length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._padding: Tensor | None = None
+        self._positions: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(
+        self,
+        keys: Float[Tensor, "batch heads new prepared"],
+        values: Float[Tensor, "batch heads new features"],
+        padding: Bool[Tensor, "batch new"] | None,
+        positions: Int[Tensor, "batch new"] | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Adds new tokens and returns keys, values, padding and positions of all tokens held."""
+        new, start = keys.shape[2], self._length
+        if keys.shape[0] != self.batch_size:
+            raise ValueError(f"the cache was made for a batch of {self.batch_size}; got {keys.shape[0]}")
+        self._keys = self._room(self._keys, keys)
+        self._values = self._room(self._values, values)
+        self._keys[:, :, start : start + new] = keys
+        self._values[:, :, start : start + new] = values
+        if padding is not None or self._padding is not None:
+            if self._padding is None:
+                self._padding = torch.zeros(self.batch_size, self.max_len, dtype=torch.bool, device=keys.device)
+            self._padding[:, start : start + new] = False if padding is None else padding
+        if positions is not None or self._positions is not None:
+            if self._positions is None:
+                order = torch.arange(self.max_len, device=keys.device)
+                self._positions = order.repeat(self.batch_size, 1)
+            if positions is not None:
+                self._positions[:, start : start + new] = positions
+        self._length = end = start + new
+        return (
+            self._keys[:, :, :end],
+            self._values[:, :, :end],
+            None if self._padding is None else self._padding[:, :end],
+            None if self._positions is None else self._positions[:, :end],
+        )
+
+    def _room(self, held: Tensor | None, new: Tensor) -> Tensor:
+        if held is None:
+            return new.new_empty(*new.shape[:2], self.max_len, new.shape[3])
+        # Keys that need a gradient cannot be written into a buffer that an earlier step's graph still reads.
+        return held.clone() if new.requires_grad or held.requires_grad else held
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys each query may see.
+
+    Attributes:
+        queries, keys: how many; without position ids the queries are the last of the keys.
+        is_causal: a query sees no key of a later position.
+        padding: keys that nobody sees.
+        query_positions, key_positions: places in time; by default the order in memory.
+    """
+
+    queries: int
+    keys: int
+    is_causal: bool
+    padding: Bool[Tensor, "batch keys"] | None = None
+    query_positions: Int[Tensor, "batch queries"] | None = None
+    key_positions: Int[Tensor, "batch keys"] | None = None
+
+    @property
+    def is_triangle(self) -> bool:
+        """It is the plain causal triangle, which fused attention knows without a mask."""
+        plain = self.padding is None and self.key_positions is None
+        return plain and self.is_causal and 1 < self.queries == self.keys
+
+    @property
+    def may_be_blind(self) -> bool:
+        """Some query may see no key at all."""
+        return self.padding is not None
+
+    def mask(self, device: torch.device) -> Bool[Tensor, "batch 1 queries keys"] | None:
+        """`True` where query sees key; `None` where every query sees every key."""
+        visible = None
+        if self.is_causal and self.key_positions is not None:
+            visible = (self.key_positions[:, None, :] <= self.query_positions[:, :, None])[:, None]
+        elif self.is_causal and self.queries > 1:
+            visible = torch.ones(self.queries, self.keys, dtype=torch.bool, device=device)
+            visible = visible.tril(self.keys - self.queries)[None, None]
+        if self.padding is not None:
+            unpadded = ~self.padding[:, None, None, :]
+            visible = unpadded.expand(-1, -1, self.queries, -1) if visible is None else visible & unpadded
+        return visible
+
+
+def attention_weights(
+    score: Score,
+    q: Float[Tensor, "batch heads queries prepared"],
+    k: Float[Tensor, "batch heads keys prepared"],
+    visibility: Visibility,
+) -> Float[Tensor, "batch heads queries keys"]:
+    """Softmax of the scores over the visible keys; a query that sees no key has weights 0, with finite gradients."""
+    scores = score(q, k)
+    visible = visibility.mask(q.device)
+    if visible is None:
+        return scores.softmax(-1)
+    if not visibility.may_be_blind:
+        return scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    # A row that sees nothing is normalised over everything and zeroed afterwards: softmax of -inf alone is NaN.
+    blind = ~visible.any(-1, keepdim=True)
+    return scores.masked_fill(~(visible | blind), float("-inf")).softmax(-1).masked_fill(~visible, 0.0)
+
+
+def fused_attention(
+    score: Score,
+    q: Float[Tensor, "batch heads queries prepared"],
+    k: Float[Tensor, "batch heads keys prepared"],
+    v: Float[Tensor, "batch heads keys features"],
+    visibility: Visibility,
+    dropout: float,
+) -> Float[Tensor, "batch heads queries features"]:
+    """The weighted sum by torch's fused kernels, for scores that are dot products."""
+    width = v.shape[-1]
+    common = max(width, q.shape[-1])  # the kernels want one width for all three
+    q, k, v = (F.pad(t, (0, common - t.shape[-1])) if t.shape[-1] < common else t for t in (q, k, v.to(q.dtype)))
+    triangle = visibility.is_triangle
+    visible = None if triangle else visibility.mask(q.device)
+    blind = ~visible.any(-1, keepdim=True) if visibility.may_be_blind else None
+    if blind is not None:
+        visible = visible | blind
+    out = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=triangle, scale=score.scale)
+    return (out if blind is None else out.masked_fill(blind, 0.0))[..., :width]
+
+
+class Attention(nn.Module):
+    r"""Multi-head attention from four parts: query, key and value maps and a score.
+
+    Args:
+        query_map, key_map, value_map: feature maps with the same number of heads; queries and keys of one width.
+        score: compares queries with keys.
+        block_size: longest sequence, the tokens held in a cache included.
+        is_causal: token :math:`i` sees tokens :math:`j \preceq i` only.
+        out_bias: bias of the output projection.
+        dropout: probability of dropping an attention weight in training.
+        name: what it is called when printed.
+
+    Shapes:
+        `x`: `(batch, seq, embed)`; the output has the same shape.
+    """
+
+    def __init__(
+        self,
+        query_map: FeatureMap,
+        key_map: FeatureMap,
+        value_map: FeatureMap,
+        score: Score,
+        *,
+        block_size: int,
+        is_causal: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        name: str = "Attention",
+    ):
+        super().__init__()
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1; got {block_size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
+        heads = {query_map.num_heads, key_map.num_heads, value_map.num_heads}
+        if len(heads) > 1:
+            raise ValueError(f"query, key and value maps must have one number of heads; got {sorted(heads)}")
+        widths = {query_map.embed_dim, key_map.embed_dim, value_map.embed_dim}
+        if len(widths) > 1:
+            raise ValueError(f"query, key and value maps must read one embedding; got widths {sorted(widths)}")
+        if query_map.out_features != key_map.out_features:
+            raise ValueError(
+                f"queries and keys must have one width; got {query_map.out_features} and {key_map.out_features}"
+            )
+        self.query_map, self.key_map, self.value_map, self.score = query_map, key_map, value_map, score
+        self.embed_dim, self.num_heads = value_map.embed_dim, value_map.num_heads
+        self.head_dim = value_map.out_features
+        self.block_size, self.is_causal, self.dropout, self.name = block_size, is_causal, dropout, name
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, bias=out_bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq embed"],
+        *,
+        key_padding_mask: Bool[Tensor, "batch seq"] | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch seq embed"]:
+        r"""Attends.
+
+        Args:
+            x: embeddings; with a cache, of the new tokens only.
+            key_padding_mask: `True` marks padding, which nobody sees. A token that sees no key at all gives 0.
+            position_ids: each token's place in time; a query sees the keys whose position is not after its own.
+                By default the order in memory.
+            cache: holds the tokens before `x`, and afterwards `x` too.
+        """
+        self._check(x, cache)
+        q = self.score.queries(self.query_map(x))
+        k, v, visibility = self._keys_and_values(x, key_padding_mask, position_ids, cache)
+        dropout = self.dropout if self.training else 0.0
+        if self.score.is_dot_product:
+            heads = fused_attention(self.score, q, k, v, visibility, dropout)
+        else:
+            heads = F.dropout(attention_weights(self.score, q, k, visibility), dropout) @ v
+        out = self.out_proj(heads.transpose(1, 2).flatten(2))
+        if not visibility.may_be_blind:
+            return out
+        sees_nothing = ~visibility.mask(x.device).any(-1)[:, 0, :, None]
+        return out.masked_fill(sees_nothing, 0.0)
+
+    def weights(
+        self,
+        x: Float[Tensor, "batch seq embed"],
+        *,
+        key_padding_mask: Bool[Tensor, "batch seq"] | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch heads seq seq"]:
+        """The attention weights `w_ij` (query `i`, key `j`), without dropout: for looking at, not for training."""
+        self._check(x, None)
+        q = self.score.queries(self.query_map(x))
+        k, _, visibility = self._keys_and_values(x, key_padding_mask, position_ids, None)
+        return attention_weights(self.score, q, k, visibility)
+
+    def new_cache(self, batch_size: int) -> KeyValueCache:
+        """An empty cache for `batch_size` rows and `block_size` tokens."""
+        return KeyValueCache(batch_size, self.block_size)
+
+    def _check(self, x: Tensor, cache: KeyValueCache | None) -> None:
+        length = x.shape[1] + (0 if cache is None else len(cache))
+        if x.shape[-1] != self.embed_dim:
+            raise ValueError(f"embeddings must have width embed_dim={self.embed_dim}; got {x.shape[-1]}")
+        if length > self.block_size:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than block_size={self.block_size}; "
+                "shorten it or build the attention with a larger block_size"
+            )
+
+    def _keys_and_values(self, x, padding, positions, cache) -> tuple[Tensor, Tensor, Visibility]:
+        past = 0 if cache is None else len(cache)
+        queries = x.shape[1]
+        k, v = self.score.keys(self.key_map(x)), self.value_map(x)
+        if cache is not None:
+            k, v, padding, positions = cache.append(k, v, padding, positions)
+        query_positions = None if positions is None else positions[:, past:]
+        return k, v, Visibility(queries, past + queries, self.is_causal, padding, query_positions, positions)
+
+    def __repr__(self) -> str:
+        described = [f"embed={self.embed_dim}", f"heads={self.num_heads}", f"head_dim={self.head_dim}"]
+        for part in dict.fromkeys(getattr(m, "num_wires", None) for m in (self.query_map, self.value_map)):
+            if part is not None:
+                described.append(f"qubits={part}")
+                break
+        if not self.is_causal:
+            described.append("causal=False")
+        return f"{self.name}({', '.join(described)})"

@@ -1,0 +1,144 @@
+r"""Encodings: a real vector becomes a quantum state, `(..., d) -> (..., 2^n)`.
+
+Amplitude encoding (QISA, arXiv 2603.03318): :math:`|\psi(x)\rangle = x / \lVert x\rVert`, zero-padded. Angle encoding
+(QSANN, arXiv 2205.05625): one rotation of each wire by one feature.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pennylane as qml
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from pennylane_qattn.registry import Description, Registry
+
+#: Encodings by name.
+ENCODINGS: "Registry[Encoding]" = Registry("encoding")
+
+
+class Encoding(Description, ABC):
+    """How a real feature vector is written into a register of qubits.
+
+    The state's amplitudes are `phases * amplitudes(x)`: a fixed diagonal of phases times a real vector, which may
+    leave out trailing zeros.
+    """
+
+    @abstractmethod
+    def num_wires(self, num_features: int) -> int:
+        """Qubits needed for that many features."""
+
+    @abstractmethod
+    def amplitudes(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch amplitudes"]:
+        """The real amplitudes, exact and with finite gradients everywhere."""
+
+    @abstractmethod
+    def prepare(self, x: Float[Tensor, "*batch features"], wires: Sequence[int]) -> None:
+        """Queues the PennyLane operations that prepare the state."""
+
+    def num_amplitudes(self, num_features: int) -> int:
+        """Length of `amplitudes(x)`."""
+        return 2 ** self.num_wires(num_features)
+
+    def phases(self, num_features: int) -> Complex[Tensor, " amplitudes"] | None:
+        """The fixed phases of the amplitudes, or `None` where all are 1."""
+        return None
+
+
+@ENCODINGS.register
+@dataclass(frozen=True)
+class AmplitudeEncoding(Encoding):
+    r""":math:`x / \lVert x \rVert`, zero-padded to :math:`2^n`, :math:`n = \max(1, \lceil\log_2 d\rceil)`.
+
+    The zero vector, where the map is not continuous, is defined as :math:`|0\dots0\rangle` with gradient 0.
+    """
+
+    name = "amplitude"
+
+    def num_wires(self, num_features: int) -> int:
+        return max(1, (num_features - 1).bit_length())
+
+    def num_amplitudes(self, num_features: int) -> int:
+        return num_features
+
+    def amplitudes(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch amplitudes"]:
+        return normalise(x)
+
+    def prepare(self, x: Float[Tensor, "*batch features"], wires: Sequence[int]) -> None:
+        qml.AmplitudeEmbedding(self.amplitudes(x), wires=wires, pad_with=0.0, normalize=True)
+
+
+@ENCODINGS.register
+@dataclass(frozen=True)
+class AngleEncoding(Encoding):
+    r"""Feature :math:`x_j` rotates wire :math:`j`: :math:`\bigotimes_j R(x_j)|0\rangle`, one qubit per feature.
+
+    Args:
+        rotation: `"Y"` or `"X"`; a Z rotation of :math:`|0\rangle` is only a phase and is refused.
+    """
+
+    name = "angle"
+    rotation: str = "Y"
+
+    def __post_init__(self):
+        if self.rotation not in ("X", "Y"):
+            raise ValueError(f"rotation must be 'X' or 'Y'; got {self.rotation!r} (Z leaves |0> as it is)")
+
+    def num_wires(self, num_features: int) -> int:
+        return num_features
+
+    def amplitudes(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch amplitudes"]:
+        qubits = torch.stack((torch.cos(x / 2), torch.sin(x / 2)), dim=-1)
+        state = qubits[..., 0, :]
+        for wire in range(1, x.shape[-1]):
+            state = (state.unsqueeze(-1) * qubits[..., wire, None, :]).flatten(-2)
+        return state
+
+    def phases(self, num_features: int) -> Complex[Tensor, " amplitudes"] | None:
+        if self.rotation == "Y":
+            return None
+        ones = torch.tensor([i.bit_count() for i in range(2**num_features)])
+        return torch.tensor([1, -1j, -1, 1j], dtype=torch.complex128)[ones % 4]
+
+    def prepare(self, x: Float[Tensor, "*batch features"], wires: Sequence[int]) -> None:
+        qml.AngleEmbedding(x, wires=wires, rotation=self.rotation)
+
+
+def normalise(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+    """`x` over its Euclidean norm along the last axis; the zero vector gives the first basis vector, gradient 0."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return _unit_and_scale(x)[0]
+    return _Normalise.apply(x)
+
+
+def _unit_and_scale(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The unit vector, 1 / norm (0 for the zero vector), and which vectors are zero."""
+    # Dividing by the largest entry first keeps tiny and huge vectors from under- and overflowing; the result does not
+    # depend on that factor, so it needs no gradient.
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    scale = torch.where(zero, torch.ones_like(largest), largest).reciprocal()
+    scaled = x * scale
+    inverse = (scaled.square().sum(-1, keepdim=True) + zero).rsqrt()
+    unit = scaled * inverse
+    unit = torch.cat((unit[..., :1] + zero, unit[..., 1:]), dim=-1)
+    return unit, scale * inverse * ~zero, zero
+
+
+class _Normalise(torch.autograd.Function):
+    """One node in place of a dozen; the derivative is the projection orthogonal to the result, over the norm."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        unit, inverse, _ = _unit_and_scale(x)
+        ctx.save_for_backward(x, unit, inverse)
+        return unit
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        x, unit, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted: keep the dependence on x
+            unit, inverse, _ = _unit_and_scale(x)
+        return (upstream - unit * (unit * upstream).sum(-1, keepdim=True)) * inverse

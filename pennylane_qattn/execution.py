@@ -1,0 +1,105 @@
+r"""Executors: how the circuits of a layer are run. The one boundary between circuits and torch modules.
+
+An executor gets the circuits of all heads, which differ in words and angles only, and computes expectation values or
+states. `folded` runs them as matrices. Parameters and words belong to the feature map, never to the executor, so a
+model trained with one executor is evaluated with another from the same checkpoint.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.folding import Fold, check_foldable
+from pennylane_qattn.quadratic import quadratic_forms
+
+
+class Executor(ABC):
+    """Runs circuits that share encoding and ansatz.
+
+    Args:
+        circuits: one per head.
+    """
+
+    name: str
+
+    def __init__(self, circuits: Sequence[Circuit]):
+        self.circuits = tuple(circuits)
+
+    @abstractmethod
+    def expectations(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens words"]:
+        """Expectation values of every head's words."""
+
+    @abstractmethod
+    def states(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens amplitudes"]:
+        """Final states, real amplitudes followed by imaginary ones."""
+
+    @abstractmethod
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes ready for weights of that dtype and device, ahead of the first call."""
+
+
+class FoldedExecutor(Executor):
+    """Circuits as matrices in torch: exact, differentiable, no PennyLane call when run."""
+
+    name = "folded"
+
+    def __init__(self, circuits: Sequence[Circuit]):
+        super().__init__(circuits)
+        first = self.circuits[0]
+        check_foldable(first, len(self.circuits))
+        self._program = first.ansatz.program(first.num_wires)
+        self._folds: dict[tuple[torch.dtype, torch.device], Fold] = {}
+
+    def expectations(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens words"]:
+        amplitudes = self.circuits[0].encoding.amplitudes(x)
+        fold = self._fold(weights)
+        rows, signs = fold.readout(*fold.evolve(weights, amplitudes.shape[-1]))
+        return quadratic_forms(amplitudes, rows, signs)
+
+    def states(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens amplitudes"]:
+        amplitudes = self.circuits[0].encoding.amplitudes(x)
+        states = self._fold(weights).states(weights, amplitudes.shape[-1])
+        return amplitudes @ torch.cat((states.real, states.imag), dim=1).transpose(1, 2)
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        if (dtype, device) not in self._folds:
+            first = self.circuits[0]
+            self._folds[dtype, device] = Fold(
+                self._program,
+                first.num_wires,
+                [circuit.words for circuit in self.circuits],
+                phases=first.encoding.phases(first.num_features),
+                dtype=dtype,
+                device=device,
+            )
+
+    def _fold(self, weights: Tensor) -> Fold:
+        self.prepare(weights.dtype, weights.device)
+        return self._folds[weights.dtype, weights.device]
+
+
+#: Executors by name.
+EXECUTORS: dict[str, type[Executor]] = {FoldedExecutor.name: FoldedExecutor}
+
+
+def make_executor(name: str, circuits: Sequence[Circuit]) -> Executor:
+    """The executor of that name for these circuits.
+
+    Raises:
+        ValueError: for an unknown name, or circuits it cannot run.
+    """
+    if name not in EXECUTORS:
+        raise ValueError(f"unknown executor {name!r}; choose from {', '.join(sorted(EXECUTORS))}")
+    return EXECUTORS[name](circuits)

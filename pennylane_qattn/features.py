@@ -1,0 +1,265 @@
+r"""Feature maps: embeddings `(B, T, d)` -> one vector per head and token, `(B, H, T, f)`.
+
+Queries, keys and values of every attention are feature maps; any of them combines with any score. Sources: linear,
+arXiv 1706.03762; circuits, QSANN (arXiv 2205.05625) and QISA (arXiv 2603.03318).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pennylane_qattn.ansatz import ANSATZE, Ansatz
+from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding
+from pennylane_qattn.execution import make_executor
+from pennylane_qattn.folding import Fold
+from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
+from pennylane_qattn.quadratic import quadratic_forms
+
+
+class FeatureMap(nn.Module, ABC):
+    """Maps every token by itself; it never looks at another token, so it cannot leak the future.
+
+    Attributes:
+        embed_dim: width `d` of the embedding.
+        num_heads: number of heads `H`.
+        out_features: width `f` of one head's features.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, out_features: int):
+        super().__init__()
+        for name, value in (
+            ("embed_dim", embed_dim),
+            ("num_heads", num_heads),
+            ("out_features", out_features),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.embed_dim, self.num_heads, self.out_features = embed_dim, num_heads, out_features
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]: ...
+
+
+class LinearFeatureMap(FeatureMap):
+    """One linear map per head (Vaswani et al. 2017, equation 1).
+
+    Args:
+        embed_dim: width of the embedding.
+        num_heads: number of heads.
+        out_features: features per head.
+        bias: whether each feature has a learned offset.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, out_features: int, bias: bool = False):
+        super().__init__(embed_dim, num_heads, out_features)
+        self.linear = nn.Linear(embed_dim, num_heads * out_features, bias=bias)
+
+    def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
+        return self.linear(x).unflatten(-1, (self.num_heads, self.out_features)).transpose(1, 2)
+
+
+class PerHeadFeatureMap(FeatureMap):
+    """Base of maps in which a head reads the whole embedding, or its own slice of it (`split`).
+
+    Its parameters stay in float32 or better whatever the model's precision, and so does what it computes.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, out_features: int, split: bool):
+        super().__init__(embed_dim, num_heads, out_features)
+        if split and embed_dim % num_heads:
+            raise ValueError(f"split heads need embed_dim divisible by num_heads; got {embed_dim} and {num_heads}")
+        self.split = split
+        self.in_features = embed_dim // num_heads if split else embed_dim
+
+    def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
+        batch, seq, _ = x.shape
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.split:
+                inputs = wide.reshape(batch * seq, self.num_heads, self.in_features).transpose(0, 1)
+            else:
+                inputs = wide.reshape(1, batch * seq, self.embed_dim)
+            features = self.per_head(inputs).to(x.dtype)
+        return features.unflatten(1, (batch, seq)).transpose(0, 1)
+
+    @abstractmethod
+    def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
+        """The features of each head from its inputs."""
+
+    def prepare(self) -> None:
+        """Rebuilds everything that is derived from parameters' dtype and device, and from the words."""
+
+    def _apply(self, fn, recurse=True):
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(at_least_float32, recurse)
+        self.prepare()
+        return self
+
+
+class _MeasuredFeatureMap(PerHeadFeatureMap):
+    """Base of maps that measure Pauli words. The words are a buffer, so they travel in the checkpoint."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        out_features: int,
+        split: bool,
+        encoding: Encoding,
+        words: Sequence[str] | None,
+        seed: int | Sequence[int],
+    ):
+        super().__init__(embed_dim, num_heads, out_features, split)
+        self.num_wires = encoding.num_wires(self.in_features)
+        if words is None:
+            seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+            drawn = [draw_words(out_features, self.num_wires, (*seeds, head)) for head in range(num_heads)]
+        else:
+            drawn = [check_words(words, self.num_wires)] * num_heads
+        codes = torch.stack([torch.as_tensor(encode_words(head)) for head in drawn])
+        self.register_buffer("word_codes", codes)
+
+    @property
+    def words(self) -> list[tuple[str, ...]]:
+        """The Pauli words of each head."""
+        return [decode_words(head) for head in self.word_codes.cpu().numpy()]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        codes = state_dict.get(f"{prefix}word_codes")
+        if codes is not None and (codes > 3).any():
+            raise ValueError(f"{prefix}word_codes must hold 0 to 3 for I, X, Y, Z; got {int(codes.max())}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.prepare()
+
+
+class CircuitFeatureMap(_MeasuredFeatureMap):
+    r"""Expectation values of Pauli words after a variational circuit, one circuit per head.
+
+    Args:
+        embed_dim: width of the embedding.
+        num_heads: number of heads.
+        out_features: observables per head.
+        ansatz: an `Ansatz` or its name.
+        encoding: an `Encoding` or its name.
+        split: each head encodes its own slice of the embedding instead of the whole.
+        words: the same observables for every head instead of drawn ones.
+        seed: draws the words; one or several non-negative integers.
+        executor: how the circuits are run.
+
+    Shapes:
+        `weights`: `(heads, *ansatz.shape(num_wires))`, radians, drawn uniformly from [0, 2 pi).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        out_features: int,
+        ansatz: Ansatz | str = "qisa",
+        encoding: Encoding | str = "amplitude",
+        split: bool = False,
+        words: Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        executor: str = "folded",
+    ):
+        self.ansatz, self.encoding = ANSATZE.build(ansatz), ENCODINGS.build(encoding)
+        out_features = out_features if words is None else len(words)
+        super().__init__(embed_dim, num_heads, out_features, split, self.encoding, words, seed)
+        self.executor_name = executor
+        self.executor = make_executor(executor, self.circuits)
+        self.weights = nn.Parameter(torch.rand(num_heads, *self.ansatz.shape(self.num_wires)) * 2 * math.pi)
+        self.executor.prepare(self.weights.dtype, self.weights.device)
+
+    @property
+    def circuits(self) -> list[Circuit]:
+        """The circuit of each head."""
+        return [Circuit(self.in_features, words, self.encoding, self.ansatz) for words in self.words]
+
+    def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
+        dtype = torch.promote_types(x.dtype, self.weights.dtype)
+        return self.executor.expectations(x.to(dtype), self.weights.to(dtype))
+
+    def prepare(self) -> None:
+        if not hasattr(self, "weights"):
+            return
+        if [c.words for c in self.executor.circuits] != self.words:
+            self.executor = make_executor(self.executor_name, self.circuits)
+        self.executor.prepare(self.weights.dtype, self.weights.device)
+
+
+class StateFeatureMap(CircuitFeatureMap):
+    """The circuit's final state itself, real amplitudes followed by imaginary ones: for the overlap score.
+
+    Its words are not measured; `out_features` is `2 * 2 ** num_wires`.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options):
+        super().__init__(embed_dim, num_heads, 1, **options)
+        self.out_features = 2 * 2**self.num_wires
+
+    def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
+        dtype = torch.promote_types(x.dtype, self.weights.dtype)
+        return self.executor.states(x.to(dtype), self.weights.to(dtype))
+
+
+class QuadraticFeatureMap(_MeasuredFeatureMap):
+    r"""Pauli words of a learned linear map, :math:`v_o = u^T P_o u` with :math:`u = W x` (QISA, "absorbed").
+
+    No circuit and no normalising: the values grow with the square of the embedding. :math:`u` is zero-padded to
+    :math:`2^n`. A word with an odd number of Y is purely imaginary, so on real vectors its value is always 0.
+
+    Args:
+        embed_dim: width of the embedding.
+        num_heads: number of heads.
+        out_features: observables per head.
+        split: each head reads its own slice of the embedding.
+        words: the same observables for every head instead of drawn ones.
+        seed: draws the words.
+
+    Shapes:
+        `weight`: `(heads, inputs, inputs)`, drawn as `nn.Linear` draws its own.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        out_features: int,
+        split: bool = False,
+        words: Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+    ):
+        out_features = out_features if words is None else len(words)
+        super().__init__(embed_dim, num_heads, out_features, split, AmplitudeEncoding(), words, seed)
+        bound = self.in_features**-0.5
+        weight = torch.empty(num_heads, self.in_features, self.in_features).uniform_(-bound, bound)
+        self.weight = nn.Parameter(weight)
+        self._folds: dict = {}
+        self.prepare()
+
+    def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        weight = self.weight.to(dtype)
+        padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
+        rows, signs = self._fold(dtype, weight.device).readout(padded.to(dtype.to_complex()))
+        return quadratic_forms(x.to(dtype), rows, signs)
+
+    def prepare(self) -> None:
+        if hasattr(self, "weight"):
+            self._folds.clear()
+            self._fold(self.weight.dtype, self.weight.device)
+
+    def _fold(self, dtype: torch.dtype, device: torch.device) -> Fold:
+        if (dtype, device) not in self._folds:
+            self._folds[dtype, device] = Fold(None, self.num_wires, self.words, dtype=dtype, device=device)
+        return self._folds[dtype, device]

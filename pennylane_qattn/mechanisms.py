@@ -1,0 +1,280 @@
+r"""Named attention mechanisms: each one line of composition from feature maps and a score, plus its registry entry.
+
+A mechanism is a description and a factory: `mechanism(embed_dim, num_heads, block_size, layer=0)` builds the module.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from pennylane_qattn.ansatz import ANSATZE, Ansatz
+from pennylane_qattn.attention import Attention
+from pennylane_qattn.encoding import ENCODINGS, Encoding
+from pennylane_qattn.features import (
+    CircuitFeatureMap,
+    FeatureMap,
+    LinearFeatureMap,
+    QuadraticFeatureMap,
+    StateFeatureMap,
+)
+from pennylane_qattn.registry import Description, Registry
+from pennylane_qattn.scores import GaussianScore, OverlapScore, PublishedGaussianScore, ScaledDotScore, Score
+
+#: Attention mechanisms by name.
+ATTENTION: "Registry[Mechanism]" = Registry("attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism(Description, ABC):
+    """A named way to attend.
+
+    Args:
+        head_dim: features of one head's values (the number of observables of a circuit); `None`: embed_dim / num_heads.
+        out_bias: bias of the output projection.
+        dropout: probability of dropping an attention weight in training.
+        is_causal: no token sees a later one.
+        seed: draws the Pauli words, together with the layer's number.
+    """
+
+    head_dim: int | None = None
+    out_bias: bool = True
+    dropout: float = 0.0
+    is_causal: bool = True
+    seed: int = 0
+
+    @abstractmethod
+    def parts(
+        self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple[int, int]
+    ) -> tuple[FeatureMap, FeatureMap, FeatureMap, Score]:
+        """Query map, key map, value map and score."""
+
+    def __call__(self, embed_dim: int, num_heads: int, block_size: int, layer: int = 0) -> Attention:
+        """Builds the attention of one layer; `layer` sets the random draws of layers apart."""
+        if embed_dim < 1 or num_heads < 1:
+            raise ValueError(f"embed_dim and num_heads must be at least 1; got {embed_dim} and {num_heads}")
+        head_dim = self.head_dim
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(f"embed_dim must be divisible by num_heads; got {embed_dim} and {num_heads}")
+            head_dim = embed_dim // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1; got {head_dim}")
+        query_map, key_map, value_map, score = self.parts(embed_dim, num_heads, head_dim, (self.seed, layer))
+        return Attention(
+            query_map,
+            key_map,
+            value_map,
+            score,
+            block_size=block_size,
+            is_causal=self.is_causal,
+            out_bias=self.out_bias,
+            dropout=self.dropout,
+            name=type(self).__name__,
+        )
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class Classical(Mechanism):
+    """Scaled dot-product attention (arXiv 1706.03762), `3dh` parameters per head in q, k and v, biases apart.
+
+    Args:
+        bias: bias of the query, key and value maps.
+    """
+
+    name = "classical"
+    bias: bool = False
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k, v = (LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias) for _ in range(3))
+        return q, k, v, ScaledDotScore(num_heads, head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitMechanism(Mechanism, ABC):
+    """A mechanism with variational circuits.
+
+    Args:
+        ansatz: the trainable circuit, an `Ansatz` or its name in `ANSATZE`.
+        encoding: how a vector becomes a state, an `Encoding` or its name in `ENCODINGS`.
+        split: each head encodes its own slice of the embedding (far cheaper) instead of the whole (as published).
+    """
+
+    ansatz: Ansatz | str = "qisa"
+    encoding: Encoding | str = "amplitude"
+    split: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "ansatz", ANSATZE.build(self.ansatz))
+        object.__setattr__(self, "encoding", ENCODINGS.build(self.encoding))
+
+    def circuit(self, embed_dim: int, num_heads: int, observables: int, seed: tuple, **options) -> CircuitFeatureMap:
+        """One circuit feature map with this mechanism's ansatz and encoding."""
+        return CircuitFeatureMap(
+            embed_dim, num_heads, observables, self.ansatz, self.encoding, self.split, seed=seed, **options
+        )
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class QISA(CircuitMechanism):
+    r"""QISA "v3", "QISA-A" (arXiv 2603.03318), causal: linear queries and keys, circuit values.
+
+    Score :math:`\exp(-\lVert q-k\rVert^2)`; `2(dh + h) + 3n` parameters per head in q, k and v.
+
+    Args:
+        bias: bias of the query and key maps.
+    """
+
+    name = "qisa"
+    bias: bool = True
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = (LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias) for _ in range(2))
+        v = self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
+        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class QISAAbsorbed(Mechanism):
+    r"""QISA with the circuit absorbed into a linear map (arXiv 2603.03318), causal.
+
+    Values :math:`u^T P_o u`, :math:`u = Wx`; `2(dh + h) + d^2` parameters per head in q, k and v.
+
+    Args:
+        bias: bias of the query and key maps.
+        split: each head reads its own slice of the embedding in its values.
+    """
+
+    name = "qisa-absorbed"
+    bias: bool = True
+    split: bool = False
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = (LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias) for _ in range(2))
+        v = QuadraticFeatureMap(embed_dim, num_heads, head_dim, self.split, seed=(*seed, 2))
+        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class QSANN(CircuitMechanism):
+    r"""QSANN (arXiv 2205.05625; QISA "v1"), causal: circuits for all three, queries and keys measure Z on wire 0.
+
+    Score :math:`\exp(-(q-k)^2)`; `9n` parameters per head with the published ansatz.
+    """
+
+    name = "qsann"
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        width = embed_dim // num_heads if self.split else embed_dim
+        z_on_first = ("Z".ljust(ENCODINGS.build(self.encoding).num_wires(width), "I"),)
+        q, k = (self.circuit(embed_dim, num_heads, 1, (*seed, i), words=z_on_first) for i in range(2))
+        v = self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
+        return q, k, v, PublishedGaussianScore(num_heads, 1)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class QSANNMulti(CircuitMechanism):
+    r"""QISA "v2" (arXiv 2603.03318), causal: circuits for all three, each measuring h Pauli words.
+
+    Score :math:`\exp(-\lVert q-k\rVert^2)`; `9n` parameters per head with the published ansatz.
+    """
+
+    name = "qsann-multi"
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        # queries and keys are compared feature by feature, so they measure the same words
+        q, k = (self.circuit(embed_dim, num_heads, head_dim, (*seed, 0)) for _ in range(2))
+        v = self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
+        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
+
+
+#: Value maps that `gaussian` and `overlap` may use.
+VALUES = ("linear", "circuit", "quadratic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FreeValues(CircuitMechanism, ABC):
+    """A mechanism with a choice of value map.
+
+    Args:
+        values: `"linear"`, `"circuit"` (as `qisa`) or `"quadratic"` (as `qisa-absorbed`).
+        bias: bias of the linear maps.
+    """
+
+    values: str = "linear"
+    bias: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.values not in VALUES:
+            raise ValueError(f"values must be one of {', '.join(VALUES)}; got {self.values!r}")
+
+    def value_map(self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple) -> FeatureMap:
+        """The chosen value map."""
+        if self.values == "linear":
+            return LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias)
+        if self.values == "circuit":
+            return self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
+        return QuadraticFeatureMap(embed_dim, num_heads, head_dim, self.split, seed=(*seed, 2))
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class Gaussian(_FreeValues):
+    r"""Score :math:`-\beta\lVert q-k\rVert^2`, :math:`\beta` learned per head: QISA's score without its outer exp.
+
+    Args:
+        beta: starting value of the inverse temperature; `None`: as sharp as scaled dot-product attention.
+    """
+
+    name = "gaussian"
+    beta: float | None = None
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = (LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias) for _ in range(2))
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, GaussianScore(num_heads, head_dim, self.beta)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class Overlap(_FreeValues):
+    r"""Score :math:`\lambda\,|\langle\psi(q)|\psi(k)\rangle|^2` between states that two circuits prepare.
+
+    Args:
+        strength: starting value of :math:`\lambda`.
+    """
+
+    name = "overlap"
+    strength: float = 8.0
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = (
+            StateFeatureMap(embed_dim, num_heads, ansatz=self.ansatz, encoding=self.encoding, split=self.split)
+            for _ in range(2)
+        )
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, OverlapScore(num_heads, q.out_features, self.strength, complex_states=True)
+
+
+def build_attention(
+    name: str, embed_dim: int, num_heads: int, block_size: int, layer: int = 0, **options: Any
+) -> Attention:
+    """Builds the attention of that name: a module `(B, T, C) -> (B, T, C)` that also runs with a cache.
+
+    Args:
+        name: a name in `ATTENTION`.
+        embed_dim: width `C` of the embedding.
+        num_heads: number of heads.
+        block_size: longest sequence.
+        layer: which layer of a model it is, so that layers draw other Pauli words.
+        **options: the mechanism's own options.
+
+    Raises:
+        ValueError: for an unknown name or option, or sizes that do not fit together.
+    """
+    return ATTENTION.build(name, **options)(embed_dim, num_heads, block_size, layer=layer)

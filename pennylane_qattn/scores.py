@@ -1,0 +1,165 @@
+r"""Scores: how much query `i` wants key `j`, `(B, H, T, f) x (B, H, S, f) -> (B, H, T, S)`.
+
+Sources: scaled dot product, arXiv 1706.03762 eq. 1; exponential of the negative squared distance, QSANN (arXiv
+2205.05625, eq. 8) and QISA (arXiv 2603.03318). Masking and normalising are not done here but in `attention.py`.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+#: Fused attention kernels want query, key and value of one width that is a multiple of this.
+ALIGNMENT = 8
+
+
+class Score(nn.Module, ABC):
+    """A score between prepared queries and prepared keys.
+
+    `queries` and `keys` prepare each side by itself, so that a cache can hold prepared keys; `forward` compares.
+
+    Attributes:
+        is_dot_product: `forward(q, k)` is `scale * q @ k^T` of the prepared sides, so fused attention may be used.
+        scale: that factor.
+    """
+
+    is_dot_product: bool = False
+    scale: float = 1.0
+
+    def __init__(self, num_heads: int, features: int):
+        super().__init__()
+        self.num_heads, self.features = num_heads, features
+
+    def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        return q
+
+    def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        return k
+
+    @abstractmethod
+    def forward(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> Float[Tensor, "batch heads queries keys"]: ...
+
+
+class ScaledDotScore(Score):
+    r""":math:`a_{ij} = q_i \cdot k_j / \sqrt{f}`."""
+
+    is_dot_product = True
+
+    def __init__(self, num_heads: int, features: int):
+        super().__init__(num_heads, features)
+        self.scale = features**-0.5
+
+    def forward(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        return q @ k.transpose(-2, -1) * self.scale
+
+
+class GaussianScore(Score):
+    r""":math:`a_{ij} = -\beta \lVert q_i - k_j \rVert^2`, :math:`\beta > 0` learned per head.
+
+    The softmax cancels :math:`\lVert q_i \rVert^2`, so this is the dot product of :math:`[2\beta q, 1]` with
+    :math:`[k, -\beta\lVert k\rVert^2]`, padded to an aligned width, and runs on fused attention. In half precision
+    the norm is carried by two channels, high and low part, because one would lose its digits.
+
+    Args:
+        num_heads: number of heads.
+        features: width of queries and keys.
+        beta: starting value; `None` gives :math:`1 / (2\sqrt{f})`, the sharpness of scaled dot-product attention.
+    """
+
+    is_dot_product = True
+
+    def __init__(self, num_heads: int, features: int, beta: float | None = None):
+        super().__init__(num_heads, features)
+        beta = 0.5 * features**-0.5 if beta is None else float(beta)
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"beta must be positive and finite; got {beta}")
+        # softplus keeps beta positive; the parameter is its inverse at the starting value
+        self.raw_beta = nn.Parameter(torch.full((num_heads,), beta).expm1().log())
+
+    @property
+    def beta(self) -> Float[Tensor, " heads"]:
+        """The inverse temperature of each head."""
+        return F.softplus(self.raw_beta)
+
+    def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        scaled = 2 * self.beta.to(q.dtype)[:, None, None] * q
+        ones = torch.ones_like(q[..., :1]).expand(*q.shape[:-1], 2)
+        return _pad_to_alignment(torch.cat((scaled, ones), dim=-1))
+
+    def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        norm = -self.beta.to(wide.dtype)[:, None, None] * wide.square().sum(-1, keepdim=True)
+        high = norm.to(k.dtype)
+        low = (norm - high.to(norm.dtype)).to(k.dtype)
+        return _pad_to_alignment(torch.cat((k, high, low), dim=-1))
+
+    def forward(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        return q @ k.transpose(-2, -1)
+
+
+class PublishedGaussianScore(Score):
+    r""":math:`a_{ij} = \exp(-\lVert q_i - k_j \rVert^2)`, itself an exponent of the softmax (QISA, QSANN).
+
+    It lies in (0, 1], so no weight of a row exceeds another by more than a factor :math:`e`: rows are almost uniform.
+    """
+
+    def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        norm = q.square().sum(-1, keepdim=True)
+        return torch.cat((2 * q, -norm, torch.ones_like(norm)), dim=-1)
+
+    def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        norm = k.square().sum(-1, keepdim=True)
+        return torch.cat((k, torch.ones_like(norm), -norm), dim=-1)
+
+    def forward(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        return (q @ k.transpose(-2, -1)).exp()
+
+
+class OverlapScore(Score):
+    r""":math:`a_{ij} = \lambda\,|\langle\psi(q_i)|\psi(k_j)\rangle|^2`, :math:`\lambda` learned per head.
+
+    Features are unit vectors: real amplitudes followed by imaginary ones (`StateFeatureMap`), or any real vector,
+    which is normalised and read as a state of real amplitudes, imaginary ones zero.
+
+    Args:
+        num_heads: number of heads.
+        features: width of queries and keys.
+        strength: starting value of :math:`\lambda`; the overlap lies in [0, 1].
+        complex_states: features hold real amplitudes, then as many imaginary ones.
+    """
+
+    def __init__(self, num_heads: int, features: int, strength: float = 8.0, complex_states: bool = False):
+        super().__init__(num_heads, features)
+        if complex_states and features % 2:
+            raise ValueError(f"complex states need as many imaginary as real features; got {features} in all")
+        self.complex_states = complex_states
+        self.strength = nn.Parameter(torch.full((num_heads,), float(strength)))
+
+    def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        return q if self.complex_states else F.normalize(q, dim=-1)
+
+    keys = queries
+
+    def forward(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        overlap = (q @ k.transpose(-2, -1)).square()
+        if self.complex_states:
+            real, imaginary = q.chunk(2, dim=-1)
+            # <q|k> = (q_r k_r + q_i k_i) + i (q_r k_i - q_i k_r)
+            overlap = overlap + (torch.cat((-imaginary, real), dim=-1) @ k.transpose(-2, -1)).square()
+        return self.strength.to(overlap.dtype)[:, None, None] * overlap
+
+
+def _pad_to_alignment(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % ALIGNMENT))

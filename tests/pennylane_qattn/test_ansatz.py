@@ -1,0 +1,194 @@
+import numpy as np
+import pennylane as qml
+import pytest
+import torch
+
+from pennylane_qattn import (
+    ANSATZE,
+    Ansatz,
+    BasicEntangler,
+    Circuit,
+    FunctionAnsatz,
+    QISAAnsatz,
+    StronglyEntangling,
+)
+from pennylane_qattn.ansatz import TracedAnsatz
+from pennylane_qattn.execution import FoldedExecutor
+from pennylane_qattn.program import Program
+from pennylane_qattn.registry import from_plain
+
+
+def zigzag(weights, wires):
+    """A user's own circuit."""
+    for wire, angle in zip(wires, weights[0], strict=True):
+        qml.RY(torch.tanh(angle) * 2, wires=wire)
+    for left, right in zip(wires, wires[1:], strict=False):
+        qml.IsingZZ(weights[1, 0] * weights[1, 1], wires=[left, right])
+
+
+@pytest.mark.parametrize(
+    ("ansatz", "count"),
+    [
+        (QISAAnsatz(), 3 * 5),
+        (QISAAnsatz(layers=2), 2 * 3 * 5),
+        (StronglyEntangling(layers=2), 2 * 5 * 3),
+        (BasicEntangler(layers=3), 3 * 5),
+        (FunctionAnsatz(zigzag, (2, "wires")), 2 * 5),
+    ],
+)
+def test_shape(ansatz, count):
+    assert np.prod(ansatz.shape(5)) == count == np.prod(ansatz.program(5).shape)
+
+
+def test_published_gates_in_order():
+    gates = QISAAnsatz().program(3).gates
+    names = [(g.name, g.wires) for g in gates]
+    rotations = [pair for w in range(3) for pair in (("RX", (w,)), ("RY", (w,)))]
+    ring = [("CNOT", (0, 1)), ("CNOT", (1, 2)), ("CNOT", (2, 0))]
+    assert names == [*rotations, *ring, *[("RY", (w,)) for w in range(3)]]
+    assert QISAAnsatz().program(3).entries == (0, 3, 1, 4, 2, 5, 6, 7, 8)
+
+
+def test_no_ring_on_one_wire():
+    assert [g.name for g in QISAAnsatz().program(1).gates] == ["RX", "RY", "RY"]
+
+
+def test_import_path():
+    by_path = FunctionAnsatz(f"{__name__}:zigzag", (2, "wires"))
+    assert by_path.shape(3) == (2, 3)
+    assert FunctionAnsatz(f"{__name__}.zigzag", (2, "wires")).function is by_path.function
+
+
+def test_a_users_ansatz_is_stored_as_traced_gates(rng):
+    ansatz = FunctionAnsatz(zigzag, (2, "wires"))
+    circuit = Circuit(5, ("XYZ", "ZIX"), ansatz=ansatz)
+    executor = FoldedExecutor([circuit])
+    plain = ansatz.to_plain()
+    assert plain["name"] == "traced" and plain["origin"].endswith(":zigzag") and len(plain["source_sha256"]) == 64
+    read = from_plain(plain)
+    assert isinstance(read, TracedAnsatz) and read.to_plain() == plain and read.shape(3) == (2, 3)
+    again = FoldedExecutor([Circuit(5, ("XYZ", "ZIX"), ansatz=read)])
+    x = torch.randn(1, 3, 5, dtype=torch.float64, generator=rng)
+    weights = torch.rand(1, 2, 3, dtype=torch.float64, generator=rng)
+    assert torch.equal(executor.expectations(x, weights), again.expectations(x, weights))
+    # PennyLane runs the stored gates too
+    node = Circuit(5, ("XYZ", "ZIX"), ansatz=read).qnode()
+    torch.testing.assert_close(
+        torch.stack(node(x[0], weights[0]), -1), executor.expectations(x, weights)[0], rtol=1e-12, atol=1e-12
+    )
+
+
+def test_traced_ansatz_knows_its_wires():
+    ansatz = FunctionAnsatz(zigzag, (2, "wires"))
+    ansatz.program(3)
+    with pytest.raises(ValueError, match=r"was traced for \[3\] wires, not for 4"):
+        from_plain(ansatz.to_plain()).program(4)
+
+
+@pytest.mark.parametrize("name", sorted(set(ANSATZE) - {"function", "traced"}))
+def test_program_round_trip(name):
+    program = ANSATZE.build(name).program(3)
+    assert Program.from_plain(program.to_plain()) == program
+
+
+def branch(weights, wires):
+    if weights[0] > 0:
+        qml.RX(weights[0], wires=wires[0])
+
+
+def item(weights, wires):
+    qml.RX(float(weights[0]), wires=wires[0])
+
+
+def numpy_angle(weights, wires):
+    qml.RX(weights.detach().numpy()[0] * 2, wires=wires[0])
+
+
+def numpy_branch(weights, wires):
+    if weights.detach().numpy()[0] > 0:
+        qml.RX(weights[0], wires=wires[0])
+    else:
+        qml.RY(weights[0], wires=wires[0])
+
+
+def measures(weights, wires):
+    qml.RX(weights[0], wires=wires[0])
+    qml.expval(qml.Z(wires[0]))
+
+
+def mid_circuit(weights, wires):
+    qml.RX(weights[0], wires=wires[0])
+    qml.measure(wires[0])
+
+
+def noisy(weights, wires):
+    qml.DepolarizingChannel(0.1, wires=wires[0])
+
+
+def elsewhere(weights, wires):
+    qml.RX(weights[0], wires=17)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (branch, "must not depend on the values of the angles"),
+        (item, "must not depend on the values of the angles"),
+        (numpy_angle, "in a way that torch does not see"),
+        (numpy_branch, "in a way that torch does not see"),
+        (measures, "must not measure"),
+        (mid_circuit, "no unitary gate"),
+        (noisy, "no unitary gate"),
+        (elsewhere, "acts on wires [17]"),
+    ],
+)
+def test_circuits_that_cannot_be_folded_are_refused(function, message):
+    with pytest.raises(ValueError, match=function.__name__) as error:
+        FunctionAnsatz(function, (1,)).program(2)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FunctionAnsatz("no.such:thing", (1,)), "cannot import 'no.such:thing'"),
+        (lambda: FunctionAnsatz("thing", (1,)), "cannot import 'thing'"),
+        (lambda: FunctionAnsatz(zigzag, (0,)), "takes positive integers"),
+        (lambda: BasicEntangler(rotation="Q"), "rotation must be"),
+        (lambda: TracedAnsatz("a:b", "", ({"num_wires": 1},)), "not a traced ansatz"),
+    ],
+)
+def test_bad_ansatz(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_stored_program_cannot_call_anything_else():
+    plain = FunctionAnsatz(zigzag, (2, "wires"))
+    program = plain.program(2).to_plain()
+    program["angles"]["nodes"][0][0] = "from_file.default"
+    with pytest.raises(ValueError, match="may not call 'from_file.default'"):
+        Program.from_plain(program)
+
+
+def test_stored_gates_are_checked():
+    program = QISAAnsatz().program(2).to_plain()
+    program["gates"][0]["gate"] = "eval"
+    with pytest.raises(ValueError, match="a gate is unknown"):
+        Program.from_plain(program)
+
+
+class Subclass(Ansatz):
+    def shape(self, num_wires):
+        return (num_wires,)
+
+    def __call__(self, weights, wires):
+        for wire, angle in zip(wires, weights, strict=True):
+            qml.RZ(angle, wires=wire)
+
+
+def test_a_class_of_ones_own_folds(rng):
+    values = FoldedExecutor([Circuit(4, ("XI",), ansatz=ANSATZE.build("basic-entangler"))])
+    assert values
+    program = Subclass().program(2)
+    assert [g.name for g in program.gates] == ["RZ", "RZ"]

@@ -1,0 +1,432 @@
+"""The contract of every registered mechanism: one suite, picked up from the registry."""
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from dense_reference import causal_attention, qisa_values, word_matrix
+
+from pennylane_qattn import (
+    ATTENTION,
+    QISA,
+    Attention,
+    CircuitFeatureMap,
+    Gaussian,
+    GaussianScore,
+    LinearFeatureMap,
+    OverlapScore,
+    PublishedGaussianScore,
+    QISAAbsorbed,
+    QuadraticFeatureMap,
+    ScaledDotScore,
+    build_attention,
+)
+
+EMBED, HEADS, BLOCK, BATCH, SEQ = 15, 3, 11, 2, 7
+
+#: Every registered name, and the variants that take another way through the code.
+VARIANTS = {
+    **{name: (name, {}) for name in ATTENTION},
+    "qisa-split": ("qisa", {"split": True}),
+    "qisa-angle": ("qisa", {"encoding": "angle", "split": True}),
+    "qisa-strong": ("qisa", {"ansatz": "strongly-entangling", "head_dim": 7}),
+    "qisa-absorbed-split": ("qisa-absorbed", {"split": True}),
+    "qsann-split": ("qsann", {"split": True}),
+    "gaussian-circuit": ("gaussian", {"values": "circuit", "bias": True}),
+    "gaussian-quadratic": ("gaussian", {"values": "quadratic"}),
+    "overlap-circuit": ("overlap", {"values": "circuit"}),
+    "classical-narrow": ("classical", {"head_dim": 2, "bias": True, "out_bias": False}),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def make(request):
+    name, options = VARIANTS[request.param]
+
+    def build(**more) -> Attention:
+        torch.manual_seed(5)
+        return build_attention(name, EMBED, HEADS, BLOCK, **{**options, **more})
+
+    return build
+
+
+@pytest.fixture
+def x(rng):
+    return torch.randn(BATCH, SEQ, EMBED, dtype=torch.float64, generator=rng)
+
+
+def test_shape_and_dtype(make, dtype, x):
+    module = make().to(dtype)
+    out = module(x.to(dtype))
+    assert out.shape == x.shape and out.dtype == dtype
+    out.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+def test_the_future_changes_no_bit(make, dtype, x):
+    module, x = make().to(dtype), x.to(dtype)
+    before = module(x)
+    for token in range(SEQ):
+        changed = x.clone()
+        changed[:, token] += 3.0
+        after = module(changed)
+        assert torch.equal(after[:, :token], before[:, :token])
+        assert not torch.equal(after[:, token], before[:, token])
+
+
+def test_jacobian_is_zero_above_the_diagonal(make, x):
+    module = make().double()
+    jacobian = torch.autograd.functional.jacobian(lambda v: module(v[None])[0].sum(-1), x[0])
+    size = jacobian.abs().amax(-1)
+    assert (size.triu(1) == 0).all()
+    assert (size.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("chunks", [(1,) * SEQ, (3, 1, 3), (SEQ,)])
+def test_cached_equals_uncached(make, chunks, dtype, close, x):
+    module, x = make().to(dtype).eval(), x.to(dtype)
+    cache = module.new_cache(BATCH)
+    with torch.no_grad():
+        pieces = [module(part, cache=cache) for part in x.split(list(chunks), dim=1)]
+        close(torch.cat(pieces, dim=1), module(x))
+    assert len(cache) == SEQ
+
+
+def test_gradients_flow_through_the_cache(make, x):
+    module = make().double()
+    cache = module.new_cache(BATCH)
+    pieces = [module(part, cache=cache) for part in x.split(1, dim=1)]
+    whole = torch.autograd.grad(module(x).square().sum(), module.out_proj.weight, retain_graph=True)[0]
+    cached = torch.autograd.grad(torch.cat(pieces, dim=1).square().sum(), module.out_proj.weight)[0]
+    torch.testing.assert_close(cached, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_weights_sum_to_one(make, dtype, close, x):
+    weights = make().to(dtype).weights(x.to(dtype)).detach()
+    assert weights.shape == (BATCH, HEADS, SEQ, SEQ)
+    close(weights.sum(-1), torch.ones(BATCH, HEADS, SEQ))
+    assert (weights.triu(1) == 0).all() and (weights >= 0).all()
+
+
+def test_output_is_the_weighted_sum(make, dtype, close, x):
+    """The fused path gives what the weights say."""
+    module, x = make().to(dtype), x.to(dtype)
+    heads = module.weights(x) @ module.value_map(x)
+    close(module(x).detach(), module.out_proj(heads.transpose(1, 2).flatten(2)).detach(), factor=5)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_padding_changes_nothing(make, cached, dtype, close, x):
+    """Rows of unequal length, padded on the left and in the middle, give what each gives alone."""
+    module, x = make().to(dtype), x.to(dtype)
+    padding = torch.zeros(BATCH, SEQ, dtype=torch.bool)
+    padding[0, :3] = True
+    padding[1, 2] = padding[1, 5] = True
+    if cached:
+        cache = module.new_cache(BATCH)
+        parts = zip(x.split(2, dim=1), padding.split(2, dim=1), strict=True)
+        out = torch.cat([module(part, key_padding_mask=mask, cache=cache) for part, mask in parts], dim=1)
+    else:
+        out = module(x, key_padding_mask=padding)
+    for row in range(BATCH):
+        real = ~padding[row]
+        close(out[row, real], module(x[row, real][None])[0].detach(), factor=5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_fully_padded_row_gives_zero_and_finite_gradients(make, batch, dtype, x):
+    module = make().to(dtype)
+    x = x[:batch].to(dtype).requires_grad_()
+    padding = torch.zeros(batch, SEQ, dtype=torch.bool)
+    padding[0] = True
+    out = module(x, key_padding_mask=padding)
+    assert (out[0] == 0).all()
+    (out + 1).square().sum().backward()
+    assert torch.isfinite(x.grad).all() and (x.grad[0] == 0).all()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+    assert (module.weights(x, key_padding_mask=padding)[0] == 0).all()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_position_ids_say_what_is_past(make, cached, x):
+    """A shuffled sequence with its positions gives the shuffled output."""
+    module = make().double()
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    positions = order.expand(BATCH, -1)
+    if cached:
+        cache = module.new_cache(BATCH)
+        # in the order of time, so that the cache holds every token's past
+        out = torch.cat(
+            [module(x[:, i : i + 1], position_ids=torch.full((BATCH, 1), i), cache=cache) for i in range(SEQ)], dim=1
+        )[:, order]
+    else:
+        out = module(x[:, order], position_ids=positions)
+    torch.testing.assert_close(out, module(x)[:, order], rtol=1e-12, atol=1e-12)
+
+
+def test_not_causal_sees_everything(make, x):
+    module = make(is_causal=False).double()
+    weights = module.weights(x)
+    assert (weights > 0).all()
+    torch.testing.assert_close(module(x.flip(1)).flip(1), module(x), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_a_batch_do_not_touch(make, x):
+    module = make().double()
+    torch.testing.assert_close(module(x)[1:], module(x[1:]), rtol=1e-12, atol=1e-12)
+
+
+def test_state_dict_into_another_seed(make, x):
+    module, other = make(seed=1).double(), make(seed=2).double()
+    assert torch.equal(module(x), other(x)) != hasattr(module.value_map, "words")  # other words, other values
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(module(x), other(x))
+
+
+def test_copies(make, x):
+    module = make().double()
+    expected = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), expected)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
+
+
+def test_same_seed_same_module(make, x):
+    assert torch.equal(make()(x.float()), make()(x.float()))
+
+
+def test_layers_draw_other_words():
+    words = [QISA()(64, 2, 8, layer=layer).value_map.words for layer in (0, 1)]
+    assert words[0] != words[1] and words[0][0] != words[0][1]
+    assert QISA(seed=1)(64, 2, 8).value_map.words != words[0]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_angles_in_float32(make, half, x):
+    module = make()
+    expected = module(x.float())
+    low = copy.deepcopy(module).to(half)
+    out = low(x.to(half))
+    assert out.dtype == half
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+    for name, parameter in low.named_parameters():
+        circuit = name.endswith((".weights", "value_map.weight"))
+        assert parameter.dtype == (torch.float32 if circuit else half), name
+
+
+def test_autocast_keeps_angles_in_float32(make, x):
+    module = make()
+    expected = module(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x.float())
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_there_and_back_in_precision(make, x):
+    module = make().double()
+    out = module(x)
+    again = copy.deepcopy(module).float().double()
+    torch.testing.assert_close(again(x), out, rtol=1e-5, atol=1e-5)
+    # what is derived (bases, signs) must be rebuilt, not rounded and widened
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), out)
+
+
+@pytest.mark.slow
+def test_compiles_in_one_graph(make, x):
+    module = make()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.float()), module(x.float()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq", [0, 1, BLOCK])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_edge_sizes(make, batch, seq):
+    module = make()
+    assert module(torch.zeros(batch, seq, EMBED)).shape == (batch, seq, EMBED)
+
+
+# ---------------------------------------------------------------- against references
+
+
+def head_parts(module, x):
+    q, k, v = (m(x).detach().numpy()[0] for m in (module.query_map, module.key_map, module.value_map))
+    return q, k, v
+
+
+@pytest.mark.parametrize("name", ["qisa", "qisa-absorbed", "qsann", "qsann-multi"])
+def test_published_forms_are_their_formula(name, x):
+    """Loops over tokens in NumPy: score exp(-|q-k|^2) inside a causal softmax."""
+    module = build_attention(name, EMBED, HEADS, BLOCK).double()
+    q, k, v = head_parts(module, x[:1])
+    heads = [causal_attention(q[h], k[h], v[h], lambda a, b: np.exp(-((a - b) ** 2).sum())) for h in range(HEADS)]
+    expected = module.out_proj(torch.as_tensor(np.concatenate(heads, -1)))
+    torch.testing.assert_close(module(x[:1])[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_circuit_features_are_dense_numpy(x):
+    feature_map = QISA()(EMBED, HEADS, BLOCK).value_map.double()
+    values = feature_map(x).detach().numpy()
+    for head in range(HEADS):
+        angles = feature_map.weights[head, 0].detach().numpy()
+        expected = [qisa_values(row, angles, feature_map.words[head]) for row in x[1].numpy()]
+        np.testing.assert_allclose(values[1, head], expected, atol=1e-12)
+
+
+def test_split_heads_read_their_slice(x):
+    feature_map = QISA(split=True)(EMBED, HEADS, BLOCK).value_map.double()
+    values = feature_map(x).detach().numpy()
+    for head in range(HEADS):
+        angles = feature_map.weights[head, 0].detach().numpy()
+        own = x[1, :, head * 5 : head * 5 + 5].numpy()
+        expected = [qisa_values(row, angles, feature_map.words[head]) for row in own]
+        np.testing.assert_allclose(values[1, head], expected, atol=1e-12)
+
+
+def test_quadratic_features_are_dense_numpy(x):
+    feature_map = QISAAbsorbed()(EMBED, HEADS, BLOCK).value_map.double()
+    values = feature_map(x).detach().numpy()
+    for head in range(HEADS):
+        u = np.pad(x[1].numpy() @ feature_map.weight[head].detach().numpy().T, ((0, 0), (0, 1)))
+        for o, word in enumerate(feature_map.words[head]):
+            expected = np.einsum("ti,ij,tj->t", u, word_matrix(word), u).real
+            np.testing.assert_allclose(values[1, head, :, o], expected, atol=1e-12)
+
+
+def test_an_odd_number_of_y_measures_nothing_on_real_vectors(x):
+    feature_map = QuadraticFeatureMap(EMBED, 1, 2, words=("YIII", "YYII")).double()
+    values = feature_map(x)[:, 0]
+    assert values[..., 0].abs().max() < 1e-12 and values[..., 1].abs().max() > 1e-3
+
+
+def test_classical_is_torchs_multi_head_attention(x):
+    module = build_attention("classical", EMBED, HEADS, BLOCK, bias=True).double()
+    reference = torch.nn.MultiheadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        maps = (module.query_map, module.key_map, module.value_map)
+        reference.in_proj_weight.copy_(torch.cat([m.linear.weight for m in maps]))
+        reference.in_proj_bias.copy_(torch.cat([m.linear.bias for m in maps]))
+        reference.out_proj.load_state_dict(module.out_proj.state_dict())
+    mask = torch.ones(SEQ, SEQ, dtype=torch.bool).triu(1)
+    expected, weights = reference(x, x, x, attn_mask=mask, average_attn_weights=False)
+    torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(module.weights(x), weights, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("classical", 3 * 16 * 16),
+        ("qsann", 9 * 4),
+        ("qsann-multi", 9 * 4),
+        ("qisa", 2 * (16 * 16 + 16) + 3 * 4),
+        ("qisa-absorbed", 2 * (16 * 16 + 16) + 16 * 16),
+    ],
+)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_parameters_of_a_head(name, count, heads):
+    """QISA.md's table: q, k and v of one head with d = h = 16 (4 qubits), whole embedding."""
+    module = build_attention(name, 16, heads, 8, head_dim=16)
+    parts = (module.query_map, module.key_map, module.value_map)
+    assert sum(p.numel() for part in parts for p in part.parameters()) == heads * count
+
+
+@pytest.mark.parametrize("score", [ScaledDotScore, GaussianScore, PublishedGaussianScore, OverlapScore])
+@pytest.mark.parametrize("queries", ["linear", "circuit", "quadratic"])
+@pytest.mark.parametrize("values", ["linear", "circuit", "quadratic"])
+def test_any_score_with_any_feature_map(score, queries, values, x):
+    maps = {"linear": LinearFeatureMap, "circuit": CircuitFeatureMap, "quadratic": QuadraticFeatureMap}
+    q, k, v = maps[queries](EMBED, HEADS, 3), maps[queries](EMBED, HEADS, 3), maps[values](EMBED, HEADS, 5)
+    module = Attention(q, k, v, score(HEADS, 3), block_size=BLOCK).double()
+    out = module(x)
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert torch.equal(module(changed)[:, :-1], out[:, :-1])
+    torch.testing.assert_close(module.weights(x).sum(-1), torch.ones(BATCH, HEADS, SEQ).double())
+
+
+def test_dropout_acts_in_training_only(make, x):
+    module = make(dropout=0.5)
+    module.eval()
+    assert torch.equal(module(x.float()), module(x.float()))
+    module.train()
+    assert not torch.equal(module(x.float()), module(x.float()))
+
+
+def test_repr_speaks_the_fields_language():
+    assert repr(QISA()(64, 4, 8)) == "QISA(embed=64, heads=4, head_dim=16, qubits=6)"
+    assert repr(Gaussian(is_causal=False)(8, 2, 8)) == "Gaussian(embed=8, heads=2, head_dim=4, causal=False)"
+
+
+def test_angles_start_within_a_turn():
+    angles = QISA()(64, 4, 8).value_map.weights
+    assert angles.min() >= 0 and angles.max() < 2 * math.pi and angles.std() > 1
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build_attention("foo", 4, 1, 4), "unknown attention 'foo'; choose from classical, gaussian"),
+        (lambda: build_attention("classical", 10, 4, 4), "divisible by num_heads; got 10 and 4"),
+        (lambda: build_attention("qisa", 10, 4, 4, head_dim=3, split=True), "divisible by num_heads; got 10 and 4"),
+        (lambda: build_attention("classical", 4, 1, 0), "block_size must be at least 1; got 0"),
+        (lambda: build_attention("classical", 0, 1, 4), "at least 1; got 0 and 1"),
+        (lambda: build_attention("classical", 4, 0, 4), "at least 1; got 4 and 0"),
+        (lambda: build_attention("classical", 4, 1, 4, head_dim=0), "head_dim must be at least 1; got 0"),
+        (lambda: build_attention("classical", 4, 1, 4, dropout=1.5), "dropout must lie in"),
+        (lambda: build_attention("classical", 4, 1, 4, foo=1), "has no option 'foo'"),
+        (lambda: build_attention("classical", 4, 1, 4)(torch.zeros(1, 5, 4)), "5 tokens is longer than block_size=4"),
+        (lambda: build_attention("classical", 4, 1, 4)(torch.zeros(1, 3, 5)), "width embed_dim=4; got 5"),
+        (lambda: build_attention("classical", 4, 1, 4).new_cache(0), "at least 1; got 0 and 4"),
+        (lambda: CircuitFeatureMap(4, 1, 1, words=("XX", "XQ")), "letters of IXYZ; got 'XQ'"),
+        (lambda: CircuitFeatureMap(4, 1, 1, executor="foo"), "unknown executor 'foo'"),
+    ],
+)
+def test_bad_input_is_one_line(call, message):
+    with pytest.raises(ValueError, match="got|unknown|option|longer|must") as error:
+        call()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_cache_and_a_foreign_batch():
+    module = build_attention("qisa", 4, 1, 3)
+    cache = module.new_cache(2)
+    module(torch.zeros(2, 3, 4), cache=cache)
+    with pytest.raises(ValueError, match="4 tokens is longer than block_size=3"):
+        module(torch.zeros(2, 1, 4), cache=cache)
+    with pytest.raises(ValueError, match="made for a batch of 5; got 2"):
+        module(torch.zeros(2, 1, 4), cache=module.new_cache(5))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((LinearFeatureMap(6, 2, 3), LinearFeatureMap(6, 3, 3), LinearFeatureMap(6, 2, 3)), "one number of heads"),
+        ((LinearFeatureMap(6, 2, 3), LinearFeatureMap(6, 2, 4), LinearFeatureMap(6, 2, 3)), "one width; got 3 and 4"),
+        ((LinearFeatureMap(6, 2, 3), LinearFeatureMap(6, 2, 3), LinearFeatureMap(8, 2, 3)), "one embedding"),
+    ],
+)
+def test_parts_that_do_not_fit(parts, message):
+    with pytest.raises(ValueError, match=message):
+        Attention(*parts, ScaledDotScore(2, 3), block_size=4)
+
+
+def test_words_in_a_checkpoint_are_checked():
+    module = build_attention("qisa", 4, 1, 3)
+    state = module.state_dict()
+    state["value_map.word_codes"] = state["value_map.word_codes"] + 7
+    with pytest.raises(ValueError, match="must hold 0 to 3"):
+        build_attention("qisa", 4, 1, 3).load_state_dict(state)
