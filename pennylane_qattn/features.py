@@ -251,7 +251,8 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         weight = self.weight.to(dtype)
         padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
-        rows, signs = self._fold(dtype, weight.device).readout(padded.to(dtype.to_complex()))
+        fold = self._fold(dtype, weight.device)
+        rows, signs = fold.readout(padded.to(fold.complex_dtype))
         return quadratic_forms(x.to(dtype), rows, signs)
 
     def prepare(self) -> None:

@@ -150,6 +150,7 @@ class Fold:
     ):
         self.num_wires, self.program = num_wires, program
         self._dtype, self._device = dtype, device
+        self.complex_dtype = dtype.to_complex()
         self._phases = None if phases is None else self._complex(phases)
         self._bases, self._signs = self._measurement(words)
         self._kinds: list[tuple[Graph | None, Tensor]] = []
@@ -163,7 +164,7 @@ class Fold:
         """The ansatz up to its last one-wire gates, on the first columns of the identity; and those gates."""
         circuits = weights.shape[0]
         tables = self._gate_tables(weights)
-        start = torch.eye(2**self.num_wires, dtype=self._dtype.to_complex(), device=self._device)[:, :num_amplitudes]
+        start = torch.eye(2**self.num_wires, dtype=self.complex_dtype, device=self._device)[:, :num_amplitudes]
         if self._phases is not None:
             start = start * self._phases[:num_amplitudes]
         matrix = start.expand(circuits, -1, -1)
@@ -207,7 +208,7 @@ class Fold:
         return rows, self._signs
 
     def _complex(self, values) -> Tensor:
-        return torch.as_tensor(values).to(device=self._device, dtype=self._dtype.to_complex())
+        return torch.as_tensor(values).to(device=self._device, dtype=self.complex_dtype)
 
     def _measurement(self, words: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """Changes of basis (circuits, settings, wires, 2, 2) and signs (circuits, settings * 2 * dim, words)."""
@@ -283,7 +284,7 @@ class Fold:
                 tables.append(columns.expand(circuits, -1, -1, -1))
             else:
                 (matrices,) = graph(angles[:, columns].reshape(-1))
-                tables.append(matrices.to(self._dtype.to_complex()).unflatten(0, (circuits, -1)))
+                tables.append(matrices.to(self.complex_dtype).unflatten(0, (circuits, -1)))
         constants = self._constants.expand(circuits, -1, -1, -1)
         tables.append(torch.cat([*(tables[i] for i in self._one_wire), constants], dim=1))
         return tables

@@ -1,0 +1,53 @@
+"""Writing files whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") -> Iterator[IO]:
+    """Open a file that takes the name `path` only once everything has been written.
+
+    The content goes to a hidden temporary file beside `path`, is flushed to the disk and renamed over `path`
+    when the block ends. If the block raises, the temporary file is removed and what stood at `path` stays as
+    it was. A reader sees the old file or the new one, never a part; of two writers at once the last one wins.
+    A missing folder is created; a symbolic link is followed.
+
+    Args:
+        path: the file to write.
+        mode: ``"wb"`` for bytes, ``"w"`` for text (UTF-8, line ends as given).
+
+    Yields:
+        The open file; its ``name`` is the temporary path.
+
+    Raises:
+        ValueError: nothing can be written there, as in a read-only folder.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"mode must be 'wb' or 'w'; got {mode!r}")
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        file = open(partial, mode.replace("w", "x"), **text)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"cannot write {str(path)!r}: {reason}; name a file in a folder that you may write to"
+        ) from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
