@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Trains a GPT with QISA attention and its classical twin on English text, compares them and writes runs/quickstart/.
+# The first call installs everything that is needed into .venv; see scripts/environment.sh for the settings.
+# Arguments go on to `qattn compare`, for example: bash scripts/quickstart.sh --help
+set -euo pipefail
+# shellcheck source=scripts/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+use_environment
+cd -- "$qattn_root"
+exec qattn compare --config configs/quickstart.yaml "$@"
