@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, Protocol, Self
 
 import torch
@@ -251,7 +250,7 @@ class GPT(nn.Module):
             places = places.masked_fill(key_padding_mask, 0)
         x = _embed(self.token_embedding, tokens, "token ids")
         x = self.embed_dropout(x + _embed(self.position_embedding, places, "position ids"))
-        for block, cache in zip(self.blocks, caches or repeat(None), strict=False):
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, key_padding_mask=key_padding_mask, position_ids=position_ids, cache=cache)
         return self.final_norm(x)
 
