@@ -10,10 +10,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 
 class Description:
-    """Base of every registered description; subclasses are frozen dataclasses with a `name` and a `registry`."""
+    """Base of every registered description; subclasses are frozen dataclasses with a `name` and a `registry`.
+
+    Attributes:
+        is_plain: plain data may name it. Where building one imports what its options name, that must be `False`.
+    """
 
     name: ClassVar[str]
     registry: ClassVar["Registry"]
+    is_plain: ClassVar[bool] = True
 
     def to_plain(self) -> dict[str, Any]:
         """This description as plain data: `{"kind": ..., "name": ..., option: value, ...}`."""
@@ -87,8 +92,11 @@ def from_plain(data: Mapping[str, Any]) -> Description:
         raise ValueError(f"a description needs the keys 'kind' and 'name'; got {data!r}")
     if data["kind"] not in Registry.all:
         raise ValueError(f"unknown kind of description {data['kind']!r}; known: {', '.join(sorted(Registry.all))}")
+    registry = Registry.all[data["kind"]]
+    if not registry.lookup(data["name"]).is_plain:
+        raise ValueError(f"{registry.kind} {data['name']!r} is not read from data, since that would import code")
     options = {k: _unplain(v) for k, v in data.items() if k not in ("kind", "name")}
-    return Registry.all[data["kind"]].build(data["name"], **options)
+    return registry.build(data["name"], **options)
 
 
 def _plain(value: Any) -> Any:

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pennylane as qml
 import pytest
@@ -76,6 +78,13 @@ def test_a_users_ansatz_is_stored_as_traced_gates(rng):
     torch.testing.assert_close(
         torch.stack(node(x[0], weights[0]), -1), executor.expectations(x, weights)[0], rtol=1e-12, atol=1e-12
     )
+
+
+def test_data_cannot_ask_for_an_import():
+    plain = {"kind": "ansatz", "name": "function", "function": "antigravity:fly_by", "weight_shape": [1]}
+    with pytest.raises(ValueError, match="'function' is not read from data, since that would import code"):
+        from_plain(plain)
+    assert "antigravity" not in sys.modules
 
 
 def test_traced_ansatz_knows_its_wires():
