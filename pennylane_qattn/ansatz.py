@@ -136,7 +136,7 @@ class FunctionAnsatz(Ansatz):
 
     name = "function"
     is_plain = False
-    function: Callable[[Any, Any], Any] | str
+    function: str | Callable[[Any, Any], Any]
     weight_shape: tuple[int | str, ...]
     _programs: dict[int, Program] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -151,21 +151,31 @@ def test_a_fully_padded_row_gives_zero_and_finite_gradients(make, batch, dtype, 
     assert (module.weights(x, key_padding_mask=padding)[0] == 0).all()
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_position_ids_say_what_is_past(make, cached, x):
+ORDER = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+
+
+def test_position_ids_say_what_is_past(make, x):
     """A shuffled sequence with its positions gives the shuffled output."""
     module = make().double()
-    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    positions = order.expand(BATCH, -1)
-    if cached:
-        cache = module.new_cache(BATCH)
-        # in the order of time, so that the cache holds every token's past
-        out = torch.cat(
-            [module(x[:, i : i + 1], position_ids=torch.full((BATCH, 1), i), cache=cache) for i in range(SEQ)], dim=1
-        )[:, order]
-    else:
-        out = module(x[:, order], position_ids=positions)
-    torch.testing.assert_close(out, module(x)[:, order], rtol=1e-12, atol=1e-12)
+    out = module(x[:, ORDER], position_ids=ORDER.expand(BATCH, -1))
+    torch.testing.assert_close(out, module(x)[:, ORDER], rtol=1e-12, atol=1e-12)
+
+
+def test_the_cache_remembers_positions(make, x):
+    """The last tokens to come find all others in the cache, and see those of earlier positions only."""
+    module = make().double()
+    cache, positions = module.new_cache(BATCH), ORDER.expand(BATCH, -1)
+    module(x[:, ORDER[:5]], position_ids=positions[:, :5], cache=cache)
+    out = module(x[:, ORDER[5:]], position_ids=positions[:, 5:], cache=cache)
+    torch.testing.assert_close(out, module(x)[:, ORDER[5:]], rtol=1e-12, atol=1e-12)
+
+
+def test_positions_after_tokens_without(make, x):
+    module = make().double()
+    cache = module.new_cache(BATCH)
+    module(x[:, :3], cache=cache)
+    out = module(x[:, 3:], position_ids=torch.arange(3, SEQ).expand(BATCH, -1), cache=cache)
+    torch.testing.assert_close(out, module(x)[:, 3:], rtol=1e-12, atol=1e-12)
 
 
 def test_not_causal_sees_everything(make, x):

@@ -1,0 +1,57 @@
+"""The mixer by itself: the fused path against explicit weights."""
+
+import pytest
+import torch
+
+from pennylane_qattn import GaussianScore, ScaledDotScore
+from pennylane_qattn.attention import KeyValueCache, Visibility, attention_weights, fused_attention
+
+
+@pytest.mark.parametrize("score", [ScaledDotScore, GaussianScore])
+@pytest.mark.parametrize("case", ["all", "triangle", "last queries", "padded", "positions"])
+@pytest.mark.parametrize("width", [3, 5, 17])
+def test_fused_equals_weights(score, case, width, dtype, close, rng):
+    score = score(2, 5).to(dtype)
+    queries = 3 if case == "last queries" else 7
+    q = score.queries(torch.randn(3, 2, queries, 5, dtype=dtype, generator=rng)).detach()
+    k = score.keys(torch.randn(3, 2, 7, 5, dtype=dtype, generator=rng)).detach()
+    v = torch.randn(3, 2, 7, width, dtype=dtype, generator=rng)
+    padding = torch.zeros(3, 7, dtype=torch.bool)
+    padding[0, :2] = True  # its first two queries see nothing
+    padding[1] = True  # and no query of this row sees anything
+    positions = torch.stack([torch.randperm(7, generator=rng) for _ in range(3)])
+    visibility = {
+        "all": Visibility(queries, 7, is_causal=False),
+        "triangle": Visibility(queries, 7, is_causal=True),
+        "last queries": Visibility(queries, 7, is_causal=True),
+        "padded": Visibility(queries, 7, is_causal=True, padding=padding),
+        "positions": Visibility(queries, 7, True, None, positions, positions),
+    }[case]
+    weights = attention_weights(score, q, k, visibility)
+    fused = fused_attention(score, q, k, v, visibility, dropout=0.0)
+    close(fused, weights @ v, factor=10)
+    if case == "padded":
+        assert (fused[0, :, :2] == 0).all() and (fused[1] == 0).all()
+
+
+def test_the_last_queries_see_what_came_before(rng):
+    q, k = (torch.randn(1, 1, n, 2, generator=rng) for n in (2, 4))
+    weights = attention_weights(ScaledDotScore(1, 2), q, k, Visibility(2, 4, is_causal=True))
+    assert (weights[0, 0] > 0).tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_two_tokens_by_hand():
+    """Scores 0 and ln 3 give weights 1/4 and 3/4."""
+    q = torch.tensor([[[[0.0], [1.0]]]])
+    k = torch.tensor([[[[1.0], [3.0]]]]).log()
+    weights = attention_weights(ScaledDotScore(1, 1), q, k, Visibility(2, 2, is_causal=True))
+    torch.testing.assert_close(weights[0, 0], torch.tensor([[1.0, 0.0], [0.25, 0.75]]))
+
+
+def test_cache_grows_by_what_is_appended(rng):
+    cache = KeyValueCache(2, 5)
+    for new in (2, 1):
+        keys = torch.randn(2, 1, new, 3, generator=rng)
+        held, *_ = cache.append(keys, keys, None, None)
+        assert torch.equal(held[:, :, -new:], keys)
+    assert len(cache) == held.shape[2] == 3
