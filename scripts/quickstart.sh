@@ -8,4 +8,6 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 use_environment
 cd -- "$qattn_root"
+# Threads that wait for each other asleep lose little on an idle machine, and do not starve on a busy one.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 exec qattn compare --config configs/quickstart.yaml "$@"

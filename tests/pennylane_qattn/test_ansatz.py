@@ -187,6 +187,14 @@ def test_stored_gates_are_checked():
         Program.from_plain(program)
 
 
+def test_computed_angles_are_not_taken_for_weights():
+    """At weights 0, 1 the angles are 0, 1 too, and only there."""
+    ansatz = FunctionAnsatz(lambda weights, wires: [qml.RX(w**3, wires=0) for w in weights], (2,))
+    program = ansatz.program(1)
+    assert program.entries is None
+    torch.testing.assert_close(program.angles(torch.tensor([[2.0, 3.0]])), torch.tensor([[8.0, 27.0]]))
+
+
 class Subclass(Ansatz):
     def shape(self, num_wires):
         return (num_wires,)
