@@ -1,0 +1,414 @@
+"""The language model that Lightning trains: a GPT, its tokenizer and how it is optimised, in one checkpoint."""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules import checkpoints
+from lightning_modules.data import Batch
+from lightning_modules.generation import generate, stream
+from lightning_modules.gpt import GPT, GPTConfig, preset
+from lightning_modules.metrics import TextMetrics
+from lightning_modules.tokenizers import Tokenizer, tokenizer_from_plain
+from pennylane_qattn import ATTENTION, QISA, Mechanism
+
+Schedule = Literal["constant", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How a language model is optimised; the arguments are those of `LanguageModel`."""
+
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup_steps: int
+    schedule: Schedule
+    final_learning_rate: float
+    schedule_steps: int | None
+    decay_all: bool
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite; got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must not be negative; got {self.weight_decay}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative; got {self.warmup_steps}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose from constant, cosine")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate is a fraction in [0, 1]; got {self.final_learning_rate}")
+        if self.schedule_steps is not None and self.schedule_steps < 1:
+            raise ValueError(f"schedule_steps must be at least 1; got {self.schedule_steps}")
+
+    def learning_rate_at(self, step: int, total_steps: float) -> float:
+        """The learning rate of optimizer step `step`, the first one being 0.
+
+        It rises linearly over `warmup_steps` steps, then stays or falls as half a cosine to its final fraction, which
+        it has from step `total_steps` on.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        final = self.final_learning_rate
+        return self.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+class LanguageModel(L.LightningModule):
+    """A GPT that predicts the next token of a text.
+
+    Its checkpoints hold all there is to it (`load_from_checkpoint`). Logged are `train_loss`, `learning_rate`,
+    `grad_norm` (before clipping) and `train_characters_per_second`, and of validation and test what `TextMetrics`
+    computes, with the cross-entropy, in nats per token, under the names `val_loss` and `test_loss`.
+
+    Args:
+        tokenizer: turns text into token ids; on the command line it comes from the data.
+        preset: size and kind of the GPT: gpt1, gpt1-tiny, qisa-16, qisa-128, or a whole GPTConfig.
+        attention: the mechanism, a class of pennylane_qattn or its name in the registry, for example qisa.
+        num_layers: number of blocks; by default the preset's.
+        num_heads: attention heads of each block; by default the preset's.
+        embed_dim: width of the embedding; by default the preset's.
+        block_size: longest sequence, in tokens; by default the preset's.
+        dropout: after attention and feed-forward, and on the embedding where the preset has it there; by default the
+            preset's.
+        learning_rate: of AdamW, after the warm-up.
+        weight_decay: of AdamW (decoupled, arXiv 1711.05101), for the matrices of linear maps only; biases, norms,
+            embeddings, circuit angles and learned scalars do not decay.
+        betas: of AdamW.
+        warmup_steps: optimizer steps in which the learning rate rises linearly.
+        schedule: what the learning rate does then: constant, or cosine, falling to final_learning_rate.
+        final_learning_rate: where cosine ends, as a fraction of learning_rate.
+        schedule_steps: optimizer steps until then, warm-up included; by default all steps of the run.
+        decay_all: all parameters decay, as with torch's AdamW left to itself.
+
+    Raises:
+        ValueError: one line naming the wrong value and the remedy.
+
+    >>> from lightning_modules import CharTokenizer
+    >>> model = LanguageModel(CharTokenizer("abc"), attention="classical", num_layers=1)
+    >>> len(model.generate(["ab"], 5)[0])
+    7
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        preset: str | GPTConfig = "qisa-16",
+        attention: Mechanism | str = QISA(),  # noqa: B008 a frozen value
+        num_layers: int | None = None,
+        num_heads: int | None = None,
+        embed_dim: int | None = None,
+        block_size: int | None = None,
+        dropout: float | None = None,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 100,
+        schedule: Schedule = "cosine",
+        final_learning_rate: float = 0.1,
+        schedule_steps: int | None = None,
+        decay_all: bool = False,
+    ):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.optimisation = Optimisation(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            final_learning_rate=final_learning_rate,
+            schedule_steps=schedule_steps,
+            decay_all=decay_all,
+        )
+        sizes = dict(num_layers=num_layers, num_heads=num_heads, embed_dim=embed_dim, block_size=block_size)
+        config = model_config(preset, vocab_size=tokenizer.vocab_size, dropout=dropout, **sizes)
+        self.attention: Mechanism = ATTENTION.build(attention)
+        self.gpt = GPT(config, self.attention)
+        self.metrics = nn.ModuleDict({"val": TextMetrics(tokenizer, text_windows=1024), "test": TextMetrics(tokenizer)})
+        #: Cross-entropy (T,) at each position of the window, of the latest validation and test.
+        self.cross_entropy_per_position: dict[str, Tensor] = {}
+        self._clock, self._tokens = _Stopwatch(), 0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `(batch, seq, vocab)` of the token that follows each of `tokens` `(batch, seq)`."""
+        return self.gpt(tokens)
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.train()  # a model from a checkpoint comes in evaluation mode, and Lightning leaves the mode alone
+        self.total_steps = self.optimisation.schedule_steps or self._steps_of_the_run()
+
+    def _steps_of_the_run(self) -> float:
+        if self.optimisation.schedule == "constant":
+            return math.inf
+        trainer = self.trainer
+        steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            # Not `estimated_stepping_batches`: asking for it keeps Lightning from restoring a loader's state.
+            loader = trainer.datamodule.train_dataloader() if trainer.datamodule else self.train_dataloader()
+            limit = trainer.limit_train_batches
+            batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+            steps = min(steps, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        if steps == math.inf:
+            raise ValueError("schedule 'cosine' needs an end; give max_steps, max_epochs or schedule_steps")
+        return steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        loss = cross_entropy(self.gpt(inputs), targets)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._diverged(f"the loss is {loss.item()}", batch_idx))
+        self._tokens += targets.numel()
+        if self._is_logging():
+            self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(inputs))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        rate = self.optimisation.learning_rate_at(self.global_step, self.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # A gradient scaler meets infinities on its way to the right scale and skips such steps by itself.
+        if not torch.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            raise FloatingPointError(self._diverged(f"the norm of the gradient is {norm.item()}"))
+        if self._is_logging():
+            self.log_dict({"learning_rate": rate, "grad_norm": norm})
+
+    def _diverged(self, what: str, batch_idx: int | None = None) -> str:
+        batch = self.trainer.fit_loop.batch_idx if batch_idx is None else batch_idx
+        where = f"step {self.global_step} (epoch {self.current_epoch}, batch {batch})"
+        return (
+            f"{what} at {where}; stopped before it changed a weight; try a smaller learning_rate or more warmup_steps"
+        )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._clock.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self._is_logging():
+            _, targets = batch
+            characters = sum(len(self.tokenizer.decode(window)) for window in targets.tolist())
+            rate = self._tokens * characters / targets.numel() / self._clock.read()
+            self.log("train_characters_per_second", rate)
+            self._tokens = 0
+            self._clock.start()
+
+    def _is_logging(self) -> bool:
+        """Whether Lightning passes this step's values on; handing them over costs as much as a small layer."""
+        return self.trainer._logger_connector.should_update_logs
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        options = self.optimisation
+        scaler = self._trainer and getattr(self.trainer.precision_plugin, "scaler", None)
+        return torch.optim.AdamW(
+            self.parameter_groups(),
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=scaler is None,  # a fifth of a small model's step; with a gradient scaler it cannot be clipped
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters that decay, and those that do not."""
+        if self.optimisation.decay_all:
+            return [{"params": list(self.parameters())}]
+        embeddings = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
+
+        def decays(name: str, parameter: nn.Parameter) -> bool:
+            # Linear maps call their matrix `weight`; circuit angles are `weights`, and vectors are norms' or biases.
+            return name.endswith("weight") and parameter.ndim >= 2 and id(parameter) not in embeddings
+
+        matrices = [p for name, p in self.named_parameters() if decays(name, p)]
+        others = [p for name, p in self.named_parameters() if not decays(name, p)]
+        return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._clock.stop()
+        self.metrics["val"].reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        inputs, targets = batch
+        self.metrics["val"].update(self.gpt(inputs), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.metrics["test"].reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        inputs, targets = batch
+        self.metrics["test"].update(self.gpt(inputs), targets)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        values = self.metrics[stage].compute()
+        per_position = self.cross_entropy_per_position[stage] = values.pop("cross_entropy_per_position").cpu()
+        self.log(f"{stage}_loss", values.pop("cross_entropy"), prog_bar=True)
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()})
+        if self.trainer.sanity_checking:
+            return
+        row = {f"position_{i:04}": value for i, value in enumerate(per_position.tolist())}
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "log_row"):
+                step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.log_row(f"{stage}_cross_entropy_per_position", row, step)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """For each window a dict of `input` and `target` text, the most likely next tokens as text (`argmax`), and
+        the `log_likelihood` of the target in nats."""
+        inputs, targets = batch
+        logits = self.gpt(inputs)
+        losses = cross_entropy(logits, targets, reduction="none").double().sum(-1)
+        decode = self.tokenizer.decode
+        return [
+            {"input": decode(given), "target": decode(true), "argmax": decode(best), "log_likelihood": -nats}
+            for given, true, best, nats in zip(
+                inputs.tolist(), targets.tolist(), logits.argmax(-1).tolist(), losses.tolist(), strict=True
+            )
+        ]
+
+    # --- generation ---------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 200, **options: Any) -> list[str]:
+        """Continues each prompt; returns prompt and continuation as text.
+
+        Args:
+            prompts: texts of at least one token.
+            max_new_tokens: tokens to add to each.
+            **options: temperature, top_k, top_p, seed, ... of `lightning_modules.generation.generate`.
+        """
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        return [self.tokenizer.decode(text) for text in generate(self.gpt, ids, max_new_tokens, **options)]
+
+    def stream(self, prompt: str, max_new_tokens: int = 200, **options: Any) -> Iterator[str]:
+        """The continuation of one prompt in pieces, as they come; arguments as in `generate`."""
+        ids = self.tokenizer.encode(prompt)
+        said = len(self.tokenizer.decode(ids))
+        for (token,) in stream(self.gpt, [ids], max_new_tokens, **options):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # half of a character that takes several tokens
+                yield text[said:]
+                said = len(text)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def to_plain(self) -> dict[str, Any]:
+        """What the model is, weights apart, as plain data."""
+        return {
+            "format": checkpoints.FORMAT,
+            "version": checkpoints.VERSION,
+            "attention": self.attention.to_plain(),
+            "gpt": self.gpt.config.to_plain(),
+            "tokenizer": self.tokenizer.to_plain(),
+            "optimisation": dataclasses.asdict(self.optimisation),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        """A model, with weights drawn anew, from what `to_plain` gave."""
+        return cls(
+            tokenizer_from_plain(plain["tokenizer"]),
+            GPTConfig.from_plain(plain["gpt"]),
+            Mechanism.from_plain(plain["attention"]),
+            **plain["optimisation"],
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, path: str | os.PathLike[str], map_location: str | torch.device | None = None) -> Self:
+        """The model of a checkpoint, in evaluation mode, with everything that belongs to it.
+
+        Args:
+            path: a file that `qattn fit`, or a Trainer, wrote.
+            map_location: the device for it; by default the CPU.
+
+        Raises:
+            ValueError: one line, if the file is missing, damaged, from another program, or holds more than data.
+        """
+        device = torch.device("cpu" if map_location is None else map_location)
+        content = checkpoints.read_checkpoint(path, device)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model = cls.from_plain(content["hyper_parameters"])
+            checkpoints.load_weights(model, content["state_dict"])
+        except (KeyError, TypeError) as error:
+            reason = f"its description of the model is not complete ({type(error).__name__}: {error})"
+            raise ValueError(f"cannot rebuild the model of {str(path)!r}: {reason}") from error
+        except ValueError as error:
+            raise ValueError(f"cannot rebuild the model of {str(path)!r}: {error}") from error
+        return model.to(device).eval()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["hyper_parameters"] = self.to_plain()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to continue a run with another model: ValueError naming the first difference."""
+        if found := checkpoints.first_difference(checkpoint.get("hyper_parameters", {}), self.to_plain()):
+            raise ValueError(
+                f"the checkpoint holds another model: {found}; continue with the options that it began with"
+            )
+
+
+def model_config(name: str | GPTConfig, **overrides: Any) -> GPTConfig:
+    """The preset, or the given config, with those fields replaced that are not `None`.
+
+    `dropout` is replaced on the embedding too, where there is any, and a feed-forward of four times the embedding stays
+    that.
+    """
+    config = preset(name) if isinstance(name, str) else name
+    overrides = {field: value for field, value in overrides.items() if value is not None}
+    if "embed_dim" in overrides and config.feedforward_dim == 4 * config.embed_dim:
+        overrides["feedforward_dim"] = None
+    if "dropout" in overrides and config.embed_dropout:
+        overrides["embed_dropout"] = overrides["dropout"]
+    return dataclasses.replace(config, **overrides)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats, in float32 at least, of `(B, T, V)` against `(B, T)`; of that shape without reduction."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(precise.flatten(0, 1), targets.flatten(), reduction=reduction)
+    return losses.view_as(targets) if reduction == "none" else losses
+
+
+class _Stopwatch:
+    """Seconds of running since the last reading."""
+
+    def __init__(self):
+        self._seconds, self._since = 0.0, None
+
+    def start(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def read(self) -> float:
+        self.stop()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

@@ -1,0 +1,401 @@
+"""`qattn fit|validate|test|predict`: a whole run, continued runs, bad input, and every config."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules import cli, training_cli
+from lightning_modules.checkpoints import read_checkpoint
+from lightning_modules.language_model import LanguageModel
+from lightning_modules.training_cli import TrainingCLI
+from pennylane_qattn import QISA, BasicEntangler, Classical, Gaussian, QISAAbsorbed
+
+ROOT = Path(__file__).parents[2]
+LAST, BEST = "runs/a/checkpoints/last.ckpt", "runs/a/checkpoints/best.ckpt"
+
+
+def metrics(folder):
+    with open(f"{folder}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("train_characters_per_second")
+    return rows
+
+
+def assert_same_weights(first, second):
+    first, second = (read_checkpoint(path)["state_dict"] for path in (first, second))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- one run through all commands -------------------------------------------------------------------------------
+
+
+def test_a_run_and_what_can_be_done_with_it(fit, capsys, tmp_path):
+    assert fit("--run", "a") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and "step 12/15" in captured.err and "lowest val_loss" in captured.err
+    assert "Tip" not in captured.err and "Warning" not in captured.err
+    files = {str(path.relative_to("runs/a")) for path in Path("runs/a").rglob("*") if path.is_file()}
+    table = "val_cross_entropy_per_position.csv"
+    assert files >= {"config.yaml", "metrics.csv", table, "checkpoints/last.ckpt", "checkpoints/best.ckpt"}
+    assert any(name.startswith("tensorboard/events") for name in files)
+    losses = [float(row["val_loss"]) for row in metrics("runs/a") if row["val_loss"]]
+
+    # The text, its split and the vocabulary are known from the checkpoint.
+    assert cli.main(["validate", "--ckpt_path", LAST]) == 0
+    table = capsys.readouterr().out
+    assert "val_loss" in table and "BLEU" in table and "cross-entropy by position" in table
+    assert cli.main(["validate", "--ckpt_path", "runs/a"]) == 0
+    assert f"{min(losses):.4f}" in capsys.readouterr().out
+    assert cli.main(["test", "--ckpt_path", "best", "--run", "a", "--data.eval_windows", "2"]) == 0
+    assert "test_loss" in capsys.readouterr().out
+    assert cli.main(["predict", "--ckpt_path", "runs/a", "--output", "out/predictions.jsonl"]) == 0
+    capsys.readouterr()
+    windows = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
+    assert cli.main(["predict", "--ckpt_path", "runs/a"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == windows
+    assert len(windows) == 3 and windows[0].keys() == {"input", "target", "argmax", "log_likelihood"}
+    assert cli.main(["generate", "--checkpoint", "runs/a", "--prompt", "the ", "--max_new_tokens", "9"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+
+
+def test_the_same_run_again_from_its_config(fit, tiny, tmp_path):
+    assert fit("--run", "a", "--trainer.gradient_clip_val", "null") == 0
+    config = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+    assert config["run"] == "a" and config["trainer"]["gradient_clip_val"] is None
+    assert cli.main(["fit", "--config", "runs/a/config.yaml", "--run", "b"]) == 0
+    assert_same_weights(LAST, "runs/b/checkpoints/last.ckpt")
+    assert metrics("runs/a") == metrics("runs/b")
+
+
+def test_seeds_matter(fit):
+    assert (
+        fit("--run", "a") == fit("--run", "b", "--seed_everything", "1") == fit("--run", "c", "--data.seed", "1") == 0
+    )
+    losses = {tuple(row["train_loss"] for row in metrics(f"runs/{name}")) for name in "abc"}
+    assert len(losses) == 3
+
+
+# --- continuing -------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_that_an_error_ended_goes_on(fit, refused, tiny, monkeypatch):
+    assert fit("--run", "whole") == 0
+    step = LanguageModel.training_step
+
+    def fails(self, batch, batch_idx):
+        if self.global_step == 10:
+            raise Stop("once")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "training_step", fails)
+        assert "Stop: once" in refused("fit", *tiny, "--run", "a", status=1)
+    assert read_checkpoint(LAST)["global_step"] == 8
+    assert fit("--run", "a", "--ckpt_path", "last") == 0
+    assert_same_weights(LAST, "runs/whole/checkpoints/last.ckpt")
+    assert_same_weights(BEST, "runs/whole/checkpoints/best.ckpt")
+    assert metrics("runs/a") == metrics("runs/whole")
+
+
+def start(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_modules", *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, step):
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if Path("runs/a/metrics.csv").exists() and len(metrics("runs/a")) > step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {process.communicate()[1]}")
+
+
+def test_a_process_that_was_killed_goes_on(fit, tiny):
+    steps = ["--trainer.max_steps", "250", "--trainer.val_check_interval", "100", "--checkpoint_every", "7"]
+    process = start("fit", *tiny, *steps, "--run", "a")
+    wait_for_step(process, 40)
+    process.kill()
+    process.communicate()
+    step = read_checkpoint(LAST)["global_step"]
+    assert 0 < step < 250
+    assert fit(*steps, "--run", "a", "--ckpt_path", "last") == 0
+    assert fit(*steps, "--run", "whole") == 0
+    assert_same_weights(LAST, "runs/whole/checkpoints/last.ckpt")
+    assert metrics("runs/a") == metrics("runs/whole")
+
+
+def test_ctrl_c(tiny):
+    steps = ["--trainer.max_steps", "100000", "--run", "a", "--checkpoint_every", "100000"]
+    process = start("fit", *tiny, *steps)
+    wait_for_step(process, 20)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    line = error.splitlines()[-1]
+    assert line.startswith("qattn: error: stopped by SIGINT at step ") and line.endswith(LAST)
+    assert "Traceback" not in error
+    step = read_checkpoint(LAST)["global_step"]
+    assert step >= 10 and f"at step {step};" in line
+
+
+# --- folders ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_is_left_alone(fit, refused, tiny):
+    assert fit("--run", "a", "--trainer.max_steps", "4") == 0
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    line = refused("fit", *tiny, "--run", "a")
+    assert all(remedy in line for remedy in ("--ckpt_path last", "--run", "--overwrite"))
+    assert "give one of them" in refused("fit", *tiny, "--run", "a", "--ckpt_path", "last", "--overwrite")
+    assert "learning_rate is 0.003" in refused(
+        "fit", *tiny, "--run", "a", "--ckpt_path", "last", "--model.learning_rate", "1"
+    )
+    assert {path: path.read_bytes() for path in before if path.suffix != ".0"} == {
+        path: data for path, data in before.items() if path.suffix != ".0"
+    }
+    Path("runs/a/notes.txt").write_text("mine")
+    assert fit("--run", "a", "--overwrite", "--trainer.max_steps", "3") == 0
+    assert read_checkpoint(LAST)["global_step"] == 3 and Path("runs/a/notes.txt").exists()
+    assert [row["step"] for row in metrics("runs/a")] == ["0", "1", "2"]
+
+
+def test_a_missing_last_is_an_error(refused, tiny):
+    assert "there is no last checkpoint of the run 'runs/a'" in refused(
+        "fit", *tiny, "--run", "a", "--ckpt_path", "last"
+    )
+    assert not Path("runs").exists()
+
+
+def test_continuing_from_another_run_begins_a_folder_of_its_own(fit):
+    assert fit("--run", "a", "--trainer.max_steps", "6", "--model.schedule", "constant") == 0
+    before = Path(LAST).read_bytes()
+    assert fit("--run", "b", "--ckpt_path", LAST, "--trainer.max_steps", "9", "--model.schedule", "constant") == 0
+    assert Path(LAST).read_bytes() == before
+    assert [row["step"] for row in metrics("runs/b") if row["train_loss"]] == ["6", "7", "8"]
+
+
+def test_names_of_runs(tiny, tmp_path):
+    def name(*options):
+        return TrainingCLI("fit", [*tiny, *options]).run_folder
+
+    assert name() == Path("runs/classical-qisa-16")
+    (tmp_path / "mine.yaml").write_text("model: {dropout: 0.1}")
+    assert name("--config", "mine.yaml") == Path("runs/mine")
+    assert name("--config", "mine.yaml", "--run", "x", "--trainer.default_root_dir", "else/where") == Path(
+        "else/where/x"
+    )
+
+
+def test_a_dry_run_leaves_nothing(fit):
+    assert fit("--trainer.fast_dev_run", "true") == 0
+    assert not Path("runs").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(refused, tiny, text_file):
+    line = refused("fit", *tiny, "--trainer.default_root_dir", text_file)
+    assert "text.txt" in line and "director" in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output_folder(refused, tiny, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "permission denied" in refused("fit", *tiny, "--trainer.default_root_dir", tmp_path / "locked")
+
+
+def test_a_disk_that_fills_during_a_checkpoint(fit, refused, tiny, monkeypatch):
+    assert fit("--run", "a", "--trainer.max_steps", "4") == 0
+    before = Path(LAST).read_bytes()
+    save = torch.save
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    line = refused("fit", *tiny, "--run", "a", "--ckpt_path", "last", status=1)
+    assert "no space left" in line and Path(LAST).read_bytes() == before
+    assert sorted(os.listdir("runs/a/checkpoints")) == ["best.ckpt", "last.ckpt"]
+    monkeypatch.setattr(torch, "save", save)
+
+
+def test_a_nan_loss(refused, tiny, monkeypatch):
+    hidden = LanguageModel.on_train_batch_start
+
+    def spoil(self, batch, batch_idx):
+        if self.global_step == 7:
+            self.gpt.head.bias.data.fill_(torch.nan)
+        hidden(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "on_train_batch_start", spoil)
+    line = refused("fit", *tiny, "--run", "a", status=1)
+    assert line.startswith("the loss is nan at step 7 (epoch 1, batch ")
+    last = read_checkpoint(LAST)
+    assert last["global_step"] == 7 - 7 % 3 + 1 and all(t.isfinite().all() for t in last["state_dict"].values())
+
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], QISA()),
+        (["--model.attention.split", "true"], QISA(split=True)),
+        (["--model.attention", "classical"], Classical()),
+        (["--model.attention=classical", "--model.attention.bias", "true"], Classical(bias=True)),
+        (["--model.attention", "Classical"], Classical()),
+        (["--model.attention", "pennylane_qattn.QISAAbsorbed"], QISAAbsorbed()),
+        (["--model.attention", "gaussian", "--model.attention.beta", "2"], Gaussian(beta=2.0)),
+        (["--config", "name.yaml"], Gaussian()),
+        (["--config", "class.yaml"], Classical(dropout=0.1)),
+        (["--config", "class.yaml", "--model.attention", "gaussian"], Gaussian(dropout=0.1)),
+        (
+            ["--model.attention.ansatz", "basic-entangler", "--model.attention.ansatz.layers", "2"],
+            QISA(ansatz=BasicEntangler(layers=2)),
+        ),
+    ],
+)
+def test_ways_to_choose_an_attention(text_file, tmp_path, options, expected):
+    (tmp_path / "name.yaml").write_text("model: {attention: gaussian}")
+    (tmp_path / "class.yaml").write_text(
+        "model: {attention: {class_path: pennylane_qattn.Classical, init_args: {dropout: 0.1}}}"
+    )
+    training = TrainingCLI("fit", ["--data.corpus", str(text_file), *options])
+    assert training.model.attention == expected
+
+
+def test_the_block_of_the_preset_reaches_the_data(text_file):
+    for options, size in ((["--model.block_size", "7"], 7), (["--model.block_size", "9", "--data.block_size", "9"], 9)):
+        training = TrainingCLI("fit", ["--data.corpus", str(text_file), *options])
+        assert training.datamodule.block_size == training.model.gpt.config.block_size == size
+        assert training.model.gpt.config.vocab_size == training.datamodule.vocab_size == 28
+
+
+def test_options_of_a_run(tiny):
+    training = TrainingCLI("fit", [*tiny, "--early_stopping", "3"])
+    assert [c.patience for c in training.trainer.early_stopping_callbacks] == [3]
+    assert training.trainer.max_steps == 15 and training.trainer.checkpoint_callback.every_n_train_steps == 3
+    assert TrainingCLI("fit", [*tiny, "--trainer.max_steps", "-1"]).trainer.max_steps == training_cli.STEPS
+    epochs = TrainingCLI("fit", [*tiny, "--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]).trainer
+    assert epochs.max_steps == -1 and epochs.max_epochs == 2
+
+
+def test_early_stopping_ends_a_run(fit):
+    options = ["--early_stopping", "2", "--model.learning_rate", "1e-30", "--trainer.val_check_interval", "1"]
+    assert fit("--run", "a", *options) == 0
+    assert read_checkpoint(LAST)["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.attention", "nope"], "unknown attention 'nope'; choose from classical, gaussian"),
+        (["--model.attention", "nope", "--model.attention.split", "true"], "unknown attention 'nope'"),
+        (["--model.attention.hurry", "1"], "'hurry' is not accepted"),
+        (["--model.preset", "nope"], "unknown preset 'nope'; choose from gpt1, gpt1-tiny, qisa-128, qisa-16"),
+        (["--model.num_heads", "3"], "embed_dim must be divisible by num_heads; got 4 and 3"),
+        (["--model.block_size", "0"], "block_size must be an integer of at least 1; got 0"),
+        (["--model.block_size", "five"], "model.block_size: expected int or null; got five"),
+        (["--model.block_size", "54"], "the validation split of text.txt has 54 tokens"),
+        (["--data.block_size", "6"], "data.block_size is 6 and the model's is 5"),
+        (["--data.corpus", "nope"], "unknown corpus 'nope'"),
+        (["--data.corpus", "empty.txt"], "is empty"),
+        (["--data.corpus", "latin.txt"], "is not UTF-8: byte 2"),
+        (["--data.tokenizer", "nope"], "unknown tokenizer 'nope'"),
+        (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
+        (["--trainer.precision", "12"], "trainer.precision: expected"),
+        (["--checkpoint_every", "0"], "every_n_train_steps must be at least 1"),
+        (["--config", "nope.yaml"], "File does not exist"),
+        (["--config", "broken.yaml"], "config"),
+        (["--config", "wrong.yaml"], "does not accept option 'atention'"),
+        (["--nope", "1"], "unrecognized arguments: --nope 1"),
+        (["--ckpt_path", "nope.ckpt"], "no checkpoint 'nope.ckpt'"),
+        (["--ckpt_path", "empty.txt"], "damaged"),
+    ],
+)
+def test_bad_input(refused, tiny, tmp_path, options, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("naïf".encode("latin-1"))
+    (tmp_path / "broken.yaml").write_text("model:\n  - [a: 3\n")
+    (tmp_path / "wrong.yaml").write_text("model:\n  atention: 3\n")
+    assert message in refused("fit", *tiny, *options)
+    assert not Path("runs").exists()
+
+
+def test_bad_input_of_the_evaluations(fit, refused):
+    assert "give --ckpt_path" in refused("validate")
+    assert fit("--run", "a", "--trainer.max_steps", "4", "--data.train_fraction", "0.9") == 0
+    assert "there is no test split" in refused("test", "--ckpt_path", LAST)
+    assert "another model than the checkpoint: gpt.num_layers is 1" in refused(
+        "validate", "--ckpt_path", LAST, "--config", "runs/a/config.yaml", "--model.num_layers", "2"
+    )
+    assert "outside the vocabulary" in refused("validate", "--ckpt_path", LAST, "--data.corpus", "pydoc")
+    assert "data.block_size is 6" in refused("validate", "--ckpt_path", LAST, "--data.block_size", "6")
+
+
+def test_a_config_that_describes_the_checkpoints_model(fit, tiny, capsys):
+    assert fit("--run", "a", "--trainer.max_steps", "4") == 0
+    assert cli.main(["validate", "--config", "runs/a/config.yaml", "--ckpt_path", "last"]) == 0
+    assert "val_loss" in capsys.readouterr().out
+
+
+def test_data_options_of_a_checkpoint_name_no_classes(fit, capsys):
+    assert fit("--run", "a", "--trainer.max_steps", "4") == 0
+    content = read_checkpoint(LAST)
+    evil = {"class_path": "antigravity.Evil", "init_args": {}}
+    content["data"] = {**content["data"], "tokenizer": evil, "corpus": content["data"]["corpus"], "stride": evil}
+    torch.save(content, LAST)
+    assert cli.main(["validate", "--ckpt_path", LAST]) == 0
+    assert "antigravity" not in sys.modules
+
+
+# --- configs ----------------------------------------------------------------------------------------------------
+
+SMALLER = {"gpt1.yaml": ["--model.num_layers", "1", "--model.embed_dim", "24", "--data.bpe_vocab_size", "300"]}
+#: All but those of `qattn compare`.
+RUN_CONFIGS = sorted(
+    p.name for p in (ROOT / "configs").glob("*.yaml") if "mechanisms" not in yaml.safe_load(p.read_text())
+)
+
+
+@pytest.mark.parametrize("name", RUN_CONFIGS)
+def test_every_config_runs(name):
+    path = ROOT / "configs" / name
+    assert path.read_text().startswith("# ") and f"qattn fit --config configs/{name}" in path.read_text()
+    limits = ["--data.corpus", "pydoc", "--data.batch_size", "2", "--data.eval_windows", "3"]
+    limits += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--trainer.accelerator", "cpu"]
+    assert cli.main(["fit", "--config", str(path), *limits, *SMALLER.get(name, [])]) == 0
+    assert read_checkpoint(f"runs/{path.stem}/checkpoints/best.ckpt")["global_step"] in (1, 2)
+
+
+def test_the_baseline_is_the_recipe_of_the_reference_table(text_file):
+    training = TrainingCLI(
+        "fit", ["--config", str(ROOT / "configs" / "baseline-shakespeare.yaml"), "--data.corpus", str(text_file)]
+    )
+    model, data, trainer = training.model, training.datamodule, training.trainer
+    assert model.attention == Classical(bias=False)
+    config = model.gpt.config
+    assert (config.num_layers, config.num_heads, config.embed_dim, config.block_size) == (6, 1, 16, 16)
+    assert (config.dropout, config.embed_dropout, config.init, config.norm) == (0.2, 0.0, "torch", "pre")
+    assert (data.batch_size, data.shuffle, data.eval_windows, "test" in data.splits) == (256, "windows", 4096, False)
+    assert (trainer.max_steps, trainer.gradient_clip_val) == (1500, None)
+    options = model.optimisation
+    assert [options.learning_rate_at(step, 1500) for step in (0, 700, 1499)] == [3e-3] * 3
+    (group,) = model.configure_optimizers().param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.01, (0.9, 0.999))
