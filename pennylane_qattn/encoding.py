@@ -14,6 +14,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from pennylane_qattn.registry import Description, Registry
+from pennylane_qattn.transforms import is_transformed
 
 #: Encodings by name.
 ENCODINGS: "Registry[Encoding]" = Registry("encoding")
@@ -108,7 +109,7 @@ class AngleEncoding(Encoding):
 
 def normalise(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
     """`x` over its Euclidean norm along the last axis; the zero vector gives the first basis vector, gradient 0."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         return _unit_and_scale(x)[0]
     return _Normalise.apply(x)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn.circuit import Circuit
-from pennylane_qattn.folding import Fold, check_foldable
+from pennylane_qattn.folding import Fold, Memory, check_foldable
 from pennylane_qattn.quadratic import quadratic_forms
 
 
@@ -57,21 +57,25 @@ class FoldedExecutor(Executor):
         check_foldable(first, len(self.circuits))
         self._program = first.ansatz.program(first.num_wires)
         self._folds: dict[tuple[torch.dtype, torch.device], Fold] = {}
+        self._readouts, self._states = Memory(), Memory()
 
     def expectations(
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
     ) -> Float[Tensor, "heads tokens words"]:
         amplitudes = self.circuits[0].encoding.amplitudes(x)
         fold = self._fold(weights)
-        rows, signs = fold.readout(*fold.evolve(weights, amplitudes.shape[-1]))
+        width = amplitudes.shape[-1]
+        rows, signs = self._readouts(lambda: fold.readout(*fold.evolve(weights, width)), weights, width)
         return quadratic_forms(amplitudes, rows, signs)
 
     def states(
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
     ) -> Float[Tensor, "heads tokens amplitudes"]:
         amplitudes = self.circuits[0].encoding.amplitudes(x)
-        states = self._fold(weights).states(weights, amplitudes.shape[-1])
-        return amplitudes @ torch.cat((states.real, states.imag), dim=1).transpose(1, 2)
+        fold = self._fold(weights)
+        width = amplitudes.shape[-1]
+        matrix = self._states(lambda: fold.states(weights, width), weights, width)
+        return amplitudes @ torch.cat((matrix.real, matrix.imag), dim=1).transpose(1, 2)
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         if (dtype, device) not in self._folds:

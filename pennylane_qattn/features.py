@@ -16,7 +16,7 @@ from pennylane_qattn.ansatz import ANSATZE, Ansatz
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding
 from pennylane_qattn.execution import make_executor
-from pennylane_qattn.folding import Fold
+from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.quadratic import quadratic_forms
 
@@ -245,19 +245,25 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         weight = torch.empty(num_heads, self.in_features, self.in_features).uniform_(-bound, bound)
         self.weight = nn.Parameter(weight)
         self._folds: dict = {}
+        self._readouts = Memory()
         self.prepare()
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         weight = self.weight.to(dtype)
-        padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
         fold = self._fold(dtype, weight.device)
-        rows, signs = fold.readout(padded.to(fold.complex_dtype))
+
+        def readout() -> tuple[Tensor, Tensor]:
+            padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
+            return fold.readout(padded.to(fold.complex_dtype))
+
+        rows, signs = self._readouts(readout, weight)
         return quadratic_forms(x.to(dtype), rows, signs)
 
     def prepare(self) -> None:
         if hasattr(self, "weight"):
             self._folds.clear()
+            self._readouts = Memory()
             self._fold(self.weight.dtype, self.weight.device)
 
     def _fold(self, dtype: torch.dtype, device: torch.device) -> Fold:

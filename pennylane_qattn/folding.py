@@ -14,8 +14,9 @@ groups stand in one real matrix, so a batch of tokens costs two matrix products 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.graph import Graph
 from pennylane_qattn.observables import group_words, word_signs
 from pennylane_qattn.program import Gate, Program, trace_rotations
+from pennylane_qattn.transforms import is_transformed
 
 #: Wires that are multiplied into one dense block: 16 x 16 keeps blocks in cache and products few.
 BLOCK_WIRES = 4
@@ -296,6 +298,29 @@ class Fold:
         for place in lookup[1:]:
             product = tables[-1][:, place] @ product
         return product
+
+
+class Memory:
+    """Keeps the latest result of a function of some weights for as long as the weights have the same values.
+
+    The values themselves are compared with a copy: version counters miss `.data` and NumPy aliases. It serves where no
+    gradient is wanted, as in generation token by token; otherwise, and under `torch.compile`, it steps aside.
+    """
+
+    def __init__(self):
+        self._weights: Tensor | None = None
+        self._key: Any = None
+        self._result: Any = None
+
+    def __call__(self, function: Callable[[], Any], weights: Tensor, key: Any = None) -> Any:
+        """`function()`, or what it gave last time if neither `weights` nor `key` has changed since."""
+        if torch.is_grad_enabled() or is_transformed():
+            return function()
+        held = self._weights
+        comparable = held is not None and (held.dtype, held.device) == (weights.dtype, weights.device)
+        if not (comparable and self._key == key and torch.equal(held, weights)):
+            self._weights, self._key, self._result = weights.detach().clone(), key, function()
+        return self._result
 
 
 def apply_local(

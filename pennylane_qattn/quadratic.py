@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pennylane_qattn.transforms import is_transformed
+
 #: Elements of the intermediate per block: half a MiB in float32 on a CPU, which its second-level cache holds.
 BLOCK_ELEMENTS = {"cpu": 2**19}
 _OTHER_DEVICES = 2**26
@@ -26,7 +28,7 @@ def quadratic_forms(
         signs: the matrix `S` of each head; it gets no gradient.
     """
     # Transformed (torch.func) and compiled calls take the formula as it stands; they plan their own memory.
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         return plain_quadratic_forms(a, rows, signs)
     return _Blocked.apply(a, rows, signs)
 

@@ -23,8 +23,10 @@ from pennylane_qattn import (
     QISAAbsorbed,
     QuadraticFeatureMap,
     ScaledDotScore,
+    StateFeatureMap,
     build_attention,
 )
+from pennylane_qattn.folding import Fold
 
 EMBED, HEADS, BLOCK, BATCH, SEQ = 15, 3, 11, 2, 7
 
@@ -264,6 +266,88 @@ def test_compiles_in_one_graph(make, x):
 def test_edge_sizes(make, batch, seq):
     module = make()
     assert module(torch.zeros(batch, seq, EMBED)).shape == (batch, seq, EMBED)
+
+
+def by_data(module):
+    module.weights.data += 1
+
+
+def by_numpy(module):
+    module.weights.detach().numpy()[...] += 1
+
+
+def by_load(module):
+    module.load_state_dict({**module.state_dict(), "weights": module.weights.detach() + 1})
+
+
+def by_optimizer(module):
+    module.weights.grad = torch.ones_like(module.weights)
+    torch.optim.SGD([module.weights], lr=1.0).step()
+
+
+def by_replacing(module):
+    module.weights = torch.nn.Parameter(module.weights.detach() + 1)
+
+
+def by_words(module):
+    module.load_state_dict({**module.state_dict(), "word_codes": module.word_codes % 3 + 1})
+
+
+def by_precision(module):
+    module.float()
+
+
+def by_precision_and_back(module):
+    module.float().double()
+
+
+CHANGES = [by_data, by_numpy, by_load, by_optimizer, by_replacing, by_words, by_precision, by_precision_and_back]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", [CircuitFeatureMap, StateFeatureMap, QuadraticFeatureMap])
+def test_a_kept_fold_is_never_stale(kind, change, x):
+    """Where no gradient is wanted, the fold is kept between calls; any change of what it depends on renews it."""
+    if kind is QuadraticFeatureMap:
+        feature_map = kind(EMBED, HEADS, 4).double()
+        feature_map.register_parameter("weights", feature_map.weight)  # the same tensor under both names
+    else:
+        feature_map = (kind(EMBED, HEADS) if kind is StateFeatureMap else kind(EMBED, HEADS, 4)).double()
+    if change is by_words and kind is StateFeatureMap:
+        pytest.skip("states measure no words")
+    if change is by_replacing and kind is QuadraticFeatureMap:
+        pytest.skip("would replace the alias only")
+    with torch.no_grad():
+        before = feature_map(x)
+        assert torch.equal(feature_map(x), before)
+    change(feature_map)
+    with torch.no_grad():
+        after = feature_map(x)
+    # with gradients nothing is kept
+    torch.testing.assert_close(after, feature_map(x).detach(), rtol=1e-12, atol=1e-12)
+    if "precision" not in change.__name__:
+        assert not torch.allclose(before, after)
+
+
+def test_a_kept_fold_and_functional_call(x):
+    feature_map = CircuitFeatureMap(EMBED, HEADS, 4).double()
+    other = {"weights": feature_map.weights.detach() + 1}
+    with torch.no_grad():
+        before = feature_map(x)
+        swapped = torch.func.functional_call(feature_map, other, x)
+        assert not torch.allclose(swapped, before) and torch.equal(feature_map(x), before)
+
+
+def test_the_fold_is_kept_where_no_gradient_is_wanted(x, monkeypatch):
+    feature_map = CircuitFeatureMap(EMBED, HEADS, 4).double()
+    calls = []
+    evolve = Fold.evolve
+    monkeypatch.setattr(Fold, "evolve", lambda self, *args: calls.append(1) or evolve(self, *args))
+    with torch.no_grad():
+        feature_map(x), feature_map(x)
+    assert len(calls) == 1
+    feature_map(x), feature_map(x)
+    assert len(calls) == 3
 
 
 # ---------------------------------------------------------------- against references
