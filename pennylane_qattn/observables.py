@@ -81,7 +81,7 @@ def group_words(words: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
         groups = [[0]]
     else:
         observables = [to_pennylane(word, range(len(word))) for word in distinct]
-        partition = qml.pauli.compute_partition_indices(observables, grouping_type="qwc", method="lf")
+        partition = qml.pauli.compute_partition_indices(observables, grouping_type="qwc", method="dsatur")
         groups = sorted(sorted(group) for group in partition)
     found = []
     for group in groups:

@@ -254,13 +254,6 @@ def test_there_and_back_in_precision(make, x):
     assert torch.equal(again(x), out)
 
 
-@pytest.mark.slow
-def test_compiles_in_one_graph(make, x):
-    module = make()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x.float()), module(x.float()), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("seq", [0, 1, BLOCK])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_edge_sizes(make, batch, seq):
