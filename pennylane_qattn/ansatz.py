@@ -32,12 +32,17 @@ class Ansatz(Description, ABC):
 
     def program(self, num_wires: int) -> Program:
         """The gates on wires 0 to `num_wires` - 1, traced."""
-        return Program.trace(self, self.shape(num_wires), num_wires)
+        return Program.trace(self, self.shape(num_wires), num_wires, label=self.label)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return getattr(self, "name", type(self).__name__)
 
 
 def _at_least_one(layers: int) -> None:
-    if layers < 1:
-        raise ValueError(f"layers must be at least 1; got {layers}")
+    if not isinstance(layers, int) or layers < 1:
+        raise ValueError(f"layers must be an integer of at least 1; got {layers}")
 
 
 @ANSATZE.register
@@ -156,6 +161,10 @@ class FunctionAnsatz(Ansatz):
     def __call__(self, weights: Float[Tensor, "..."], wires: Sequence[int]) -> None:
         self.function(weights, wires)
 
+    @property
+    def label(self) -> str:
+        return _import_path(self.function)
+
     def program(self, num_wires: int) -> Program:
         if num_wires not in self._programs:
             self._programs[num_wires] = super().program(num_wires)
@@ -164,7 +173,7 @@ class FunctionAnsatz(Ansatz):
     def to_plain(self) -> dict[str, Any]:
         """The form `TracedAnsatz` reads: where the function came from, and the programs traced so far."""
         return TracedAnsatz(
-            origin=f"{self.function.__module__}:{self.function.__qualname__}",
+            origin=_import_path(self.function),
             source_sha256=_source_hash(self.function),
             programs=tuple(self._programs[n].to_plain() for n in sorted(self._programs)),
         ).to_plain()
@@ -217,6 +226,11 @@ def _import(path: str) -> Any:
     except (ImportError, AttributeError, ValueError):
         raise ValueError(f"cannot import {path!r}; give a function as 'package.module:function'") from None
     return found
+
+
+def _import_path(function: Callable) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _source_hash(function: Callable) -> str:

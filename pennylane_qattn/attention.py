@@ -79,8 +79,8 @@ class KeyValueCache:
     def _room(self, held: Tensor | None, new: Tensor) -> Tensor:
         if held is None:
             return new.new_empty(*new.shape[:2], self.max_len, new.shape[3])
-        # Keys that need a gradient cannot be written into a buffer that an earlier step's graph still reads.
-        return held.clone() if new.requires_grad or held.requires_grad else held
+        # Nothing may be written into a buffer that the graph of an earlier step still reads.
+        return held.clone() if torch.is_grad_enabled() else held
 
 
 @dataclass(frozen=True)
@@ -232,14 +232,15 @@ class Attention(nn.Module):
                 By default the order in memory.
             cache: holds the tokens before `x`, and afterwards `x` too.
         """
-        self._check(x, cache)
+        self._check(x, key_padding_mask, position_ids, cache)
         q = self.score.queries(self.query_map(x))
         k, v, visibility = self._keys_and_values(x, key_padding_mask, position_ids, cache)
         dropout = self.dropout if self.training else 0.0
         if self.score.is_dot_product:
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
         else:
-            heads = F.dropout(attention_weights(self.score, q, k, visibility), dropout) @ v
+            weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
+            heads = weights.to(v.dtype) @ v
         out = self.out_proj(heads.transpose(1, 2).flatten(2))
         if not visibility.may_be_blind:
             return out
@@ -254,7 +255,7 @@ class Attention(nn.Module):
         position_ids: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch heads seq seq"]:
         """The attention weights `w_ij` (query `i`, key `j`), without dropout: for looking at, not for training."""
-        self._check(x, None)
+        self._check(x, key_padding_mask, position_ids, None)
         q = self.score.queries(self.query_map(x))
         k, _, visibility = self._keys_and_values(x, key_padding_mask, position_ids, None)
         return attention_weights(self.score, q, k, visibility)
@@ -263,7 +264,16 @@ class Attention(nn.Module):
         """An empty cache for `batch_size` rows and `block_size` tokens."""
         return KeyValueCache(batch_size, self.block_size)
 
-    def _check(self, x: Tensor, cache: KeyValueCache | None) -> None:
+    def _check(self, x: Tensor, padding: Tensor | None, positions: Tensor | None, cache: KeyValueCache | None) -> None:
+        if x.ndim != 3:
+            raise ValueError(f"embeddings must have the shape (batch, seq, embed); got {tuple(x.shape)}")
+        for name, given in (("key_padding_mask", padding), ("position_ids", positions)):
+            if given is not None and given.shape != x.shape[:2]:
+                raise ValueError(
+                    f"{name} must have the shape (batch, seq) {tuple(x.shape[:2])}; got {tuple(given.shape)}"
+                )
+        if padding is not None and padding.dtype != torch.bool:
+            raise ValueError(f"key_padding_mask must be boolean, True for padding; got {padding.dtype}")
         length = x.shape[1] + (0 if cache is None else len(cache))
         if x.shape[-1] != self.embed_dim:
             raise ValueError(f"embeddings must have width embed_dim={self.embed_dim}; got {x.shape[-1]}")
@@ -277,6 +287,8 @@ class Attention(nn.Module):
         past = 0 if cache is None else len(cache)
         queries = x.shape[1]
         k, v = self.score.keys(self.key_map(x)), self.value_map(x)
+        if padding is not None:  # a weight of 0 does not silence a NaN
+            k, v = (t.masked_fill(padding[:, None, :, None], 0.0) for t in (k, v))
         if cache is not None:
             k, v, padding, positions = cache.append(k, v, padding, positions)
         query_positions = None if positions is None else positions[:, past:]

@@ -120,12 +120,12 @@ def _unit_and_scale(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # depend on that factor, so it needs no gradient.
     largest = x.detach().abs().amax(-1, keepdim=True)
     zero = largest == 0
-    scale = torch.where(zero, torch.ones_like(largest), largest).reciprocal()
-    scaled = x * scale
+    scale = torch.where(zero, torch.ones_like(largest), largest)
+    scaled = x / scale
     inverse = (scaled.square().sum(-1, keepdim=True) + zero).rsqrt()
     unit = scaled * inverse
     unit = torch.cat((unit[..., :1] + zero, unit[..., 1:]), dim=-1)
-    return unit, scale * inverse * ~zero, zero
+    return unit, inverse / scale * ~zero, zero
 
 
 class _Normalise(torch.autograd.Function):

@@ -98,7 +98,7 @@ class PerHeadFeatureMap(FeatureMap):
         def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                return tensor.to(moved.device)
+                return tensor.to(moved.device, torch.promote_types(tensor.dtype, torch.float32))
             return moved
 
         super()._apply(at_least_float32, recurse)
@@ -136,10 +136,15 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         codes = state_dict.get(f"{prefix}word_codes")
-        if codes is not None and (codes > 3).any():
-            raise ValueError(f"{prefix}word_codes must hold 0 to 3 for I, X, Y, Z; got {int(codes.max())}")
+        if codes is not None and (codes.is_floating_point() or ((codes < 0) | (codes > 3)).any()):
+            raise ValueError(f"{prefix}word_codes must hold 0 to 3 for I, X, Y, Z; got {codes.unique().tolist()}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.prepare()
+        self._apply(lambda tensor: tensor)  # assigned tensors may be of half precision
+
+
+def _default_dtype() -> torch.dtype:
+    """That of new parameters, but float32 at least."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 class CircuitFeatureMap(_MeasuredFeatureMap):
@@ -177,7 +182,8 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         super().__init__(embed_dim, num_heads, out_features, split, self.encoding, words, seed)
         self.executor_name = executor
         self.executor = make_executor(executor, self.circuits)
-        self.weights = nn.Parameter(torch.rand(num_heads, *self.ansatz.shape(self.num_wires)) * 2 * math.pi)
+        shape = (num_heads, *self.ansatz.shape(self.num_wires))
+        self.weights = nn.Parameter(torch.rand(shape, dtype=_default_dtype()) * 2 * math.pi)
         self.executor.prepare(self.weights.dtype, self.weights.device)
 
     @property
@@ -242,7 +248,8 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         out_features = out_features if words is None else len(words)
         super().__init__(embed_dim, num_heads, out_features, split, AmplitudeEncoding(), words, seed)
         bound = self.in_features**-0.5
-        weight = torch.empty(num_heads, self.in_features, self.in_features).uniform_(-bound, bound)
+        shape = (num_heads, self.in_features, self.in_features)
+        weight = torch.empty(shape, dtype=_default_dtype()).uniform_(-bound, bound)
         self.weight = nn.Parameter(weight)
         self._folds: dict = {}
         self._readouts = Memory()

@@ -27,7 +27,7 @@ from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.graph import Graph
 from pennylane_qattn.observables import group_words, word_signs
 from pennylane_qattn.program import Gate, Program, trace_rotations
-from pennylane_qattn.transforms import is_transformed
+from pennylane_qattn.transforms import is_transformed, ordinary_mode
 
 #: Wires that are multiplied into one dense block: 16 x 16 keeps blocks in cache and products few.
 BLOCK_WIRES = 4
@@ -153,6 +153,10 @@ class Fold:
         self.num_wires, self.program = num_wires, program
         self._dtype, self._device = dtype, device
         self.complex_dtype = dtype.to_complex()
+        with ordinary_mode():
+            self._build(program, words, phases)
+
+    def _build(self, program: Program | None, words: Sequence[Sequence[str]], phases: Tensor | None) -> None:
         self._phases = None if phases is None else self._complex(phases)
         self._bases, self._signs = self._measurement(words)
         self._kinds: list[tuple[Graph | None, Tensor]] = []
@@ -279,7 +283,7 @@ class Fold:
         """Matrices of every kind of gate, (circuits, gates, dim, dim); last all one-wire gates together."""
         circuits = weights.shape[0]
         program = self.program
-        angles = weights.flatten(1) if program.entries is not None else program.angles(weights)
+        angles = weights.reshape(circuits, -1) if program.entries is not None else program.angles(weights)
         tables = []
         for graph, columns in self._kinds:
             if graph is None:

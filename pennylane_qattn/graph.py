@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+#: How values other than numbers, strings and lists are written.
+_ENCODED = {"ref", "tensor", "dtype", "complex", "device", "layout", "memory_format"}
 #: Operations a program may hold: arithmetic, shapes and constants, nothing that reads files or draws numbers.
 ALLOWED = frozenset(
     """abs acos add addcmul alias angle arange argmax asin atan atan2 bitwise_and bitwise_or bmm broadcast_tensors cat
@@ -72,7 +74,8 @@ class Graph:
             graph = cls(int(data["inputs"]), _tree(tuple, data["nodes"]), tuple(data["outputs"]))
             for node in graph.nodes:
                 _resolve(node)
-        except (KeyError, TypeError, IndexError) as error:
+            _check_references(graph)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a traced program: {error!r}") from None
         return graph
 
@@ -132,14 +135,19 @@ def _operation_name(target: Any) -> str:
 
 def _resolve(node: Sequence) -> tuple[Callable, Sequence, dict]:
     name, args, kwargs = node
+    if not (isinstance(name, str) and isinstance(args, list | tuple) and isinstance(kwargs, dict)):
+        raise ValueError(f"a traced program is made of [name, arguments, keyword arguments]; got {node!r}")
     if name == "constant":
         return _identity, args, kwargs
     if name == "_operator.getitem":
         return _getitem, args, kwargs
     base, _, overload = name.partition(".")
-    if base not in ALLOWED:
+    packet = getattr(torch.ops.aten, base) if base in ALLOWED else None
+    # Only what torch lists as an overload: other attributes of these objects lead to anything at all.
+    operation = getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
+    if not isinstance(operation, torch._ops.OpOverload) or operation._schema.is_mutable:
         raise ValueError(f"a traced program may not call {name!r}; allowed are torch's arithmetic and shape operations")
-    return getattr(getattr(torch.ops.aten, base), overload), args, kwargs
+    return operation, args, kwargs
 
 
 def _identity(value: Any) -> Any:
@@ -147,7 +155,30 @@ def _identity(value: Any) -> Any:
 
 
 def _getitem(values: Sequence, index: int) -> Any:
+    if not isinstance(values, list | tuple) or not all(isinstance(v, Tensor) for v in values):
+        raise ValueError("a traced program takes items of lists of tensors only")
     return values[index]
+
+
+def _check_references(graph: "Graph") -> None:
+    """Every reference must be to an earlier result."""
+
+    def check(value: Any, known: int) -> None:
+        if isinstance(value, dict):
+            if len(value.keys() - {"dtype"}) > 1 or not value.keys() <= _ENCODED:
+                raise ValueError(f"a traced program cannot hold {value!r}")
+            if "ref" in value and not (type(value["ref"]) is int and 0 <= value["ref"] < known):
+                raise ValueError(f"a traced program refers to {value['ref']!r}, which is not there")
+        elif isinstance(value, list | tuple):
+            for item in value:
+                check(item, known)
+
+    for place, (_, args, kwargs) in enumerate(graph.nodes):
+        for value in (args, *kwargs.values()):
+            check(value, graph.inputs + place)
+    known = graph.inputs + len(graph.nodes)
+    if not all(type(i) is int and 0 <= i < known for i in graph.outputs):
+        raise ValueError(f"a traced program has no results {graph.outputs!r}")
 
 
 def _encode(value: Any, index: dict) -> Any:
@@ -179,7 +210,7 @@ def _fill(value: Any, values: list, device: torch.device) -> Any:
         if "ref" in value:
             return values[value["ref"]]
         if "tensor" in value:
-            dtype = getattr(torch, value["dtype"])
+            dtype = _constant(value["dtype"], torch.dtype)
             if dtype.is_complex:
                 return torch.view_as_complex(torch.tensor(value["tensor"], dtype=dtype.to_real(), device=device))
             return torch.tensor(value["tensor"], dtype=dtype, device=device)
@@ -187,10 +218,19 @@ def _fill(value: Any, values: list, device: torch.device) -> Any:
             return complex(*value["complex"])
         if "device" in value:
             return device
-        return getattr(torch, next(iter(value.values())))
+        kind, name = next(iter(value.items()))
+        return _constant(name, {"dtype": torch.dtype, "layout": torch.layout}.get(kind, torch.memory_format))
     if isinstance(value, list | tuple):
         return [_fill(v, values, device) for v in value]
     return value
+
+
+def _constant(name: Any, kind: type) -> Any:
+    """A constant of torch, such as a dtype, by name."""
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, kind):
+        raise ValueError(f"a traced program names {name!r}, which is no {kind.__name__} of torch")
+    return found
 
 
 def _tree(sequence: type, value: Any) -> Any:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn.graph import Graph, trace
+from pennylane_qattn.transforms import ordinary_mode
 
 #: One-angle gates; whatever is not here is decomposed by PennyLane until it is.
 ROTATIONS = frozenset(
@@ -27,6 +28,13 @@ ROTATIONS = frozenset(
 #: Gates without a parameter.
 FIXED = frozenset(
     """Identity PauliX PauliY PauliZ Hadamard S T SX CNOT CY CZ CH SWAP ISWAP Toffoli CSWAP CCZ""".split()
+)
+#: Where a trace is compared with its function: several turns, both signs, and weights all of one sign.
+_RANGES = ((0.0, 2 * np.pi), (-4 * np.pi, 4 * np.pi), (-2 * np.pi, 0.0), (-1.0, 1.0), (2 * np.pi, 8 * np.pi))
+#: Operations that pick entries and compute nothing.
+_SELECTING = frozenset(
+    """select slice view _unsafe_view reshape unbind split squeeze unsqueeze permute transpose t alias expand
+    _operator""".split()
 )
 _GLOBAL_PHASES = frozenset({"GlobalPhase"})
 _MATRIX = "QubitUnitary"
@@ -77,7 +85,7 @@ class Program:
 
     @classmethod
     def trace(
-        cls, function: Callable[[Tensor, Sequence[int]], Any], shape: tuple[int, ...], num_wires: int
+        cls, function: Callable[[Tensor, Sequence[int]], Any], shape: tuple[int, ...], num_wires: int, label: str = ""
     ) -> "Program":
         """Traces a quantum function of `(weights, wires)`.
 
@@ -85,17 +93,22 @@ class Program:
             ValueError: if its gates depend on the values of the weights, leave torch, act on other wires, or are no
                 unitary gates.
         """
-        label = getattr(function, "__qualname__", None) or repr(function)
+        label = label or getattr(function, "__qualname__", type(function).__qualname__)
         recorded: list = []
 
         def angles(weights: Tensor) -> list:
             recorded[:] = _record(function, weights, num_wires, label)
             return [parameter for gate in recorded for parameter in gate.parameters]
 
-        examples = [_example(shape, seed) for seed in (11, 13, 17)]
+        examples = [_example(shape, low, high) for low, high in _RANGES]
         try:
-            graph, results = trace(angles, examples[0])
+            with ordinary_mode():
+                graph, results = trace(angles, examples[0])
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(f"ansatz {label} cannot be run on weights of shape {tuple(shape)}: {error}") from error
         except ValueError as error:
+            if "reads the values" not in str(error):
+                raise
             raise ValueError(
                 f"ansatz {label}: the gates must not depend on the values of the angles, and angles must stay torch "
                 f"tensors; {error}"
@@ -104,7 +117,7 @@ class Program:
         graph = Graph(graph.inputs, graph.nodes, tuple(graph.outputs[i] for i in used))
         program = cls(num_wires, tuple(shape), gates, None, graph)
         program._check(function, examples[1:], label)
-        entries = program._entries(examples)
+        entries = program._entries()
         return program if entries is None else cls(num_wires, tuple(shape), gates, entries)
 
     @property
@@ -114,8 +127,10 @@ class Program:
     def angles(self, weights: Float[Tensor, "..."]) -> Float[Tensor, "circuits angles"]:
         """The angles of many circuits: weights `(circuits, *shape)` -> `(circuits, angles)`, radians."""
         if self.entries is not None:
-            return weights.flatten(1)[:, list(self.entries)]
-        return torch.stack([torch.stack([a.reshape(()) for a in self.angles_graph(w)]) for w in weights])
+            return weights.reshape(len(weights), -1)[:, list(self.entries)]
+        # traced in float64, and run in it: constants of the trace have that precision
+        of_each = [torch.stack([a.reshape(()) for a in self.angles_graph(w)]) for w in weights.double()]
+        return torch.stack(of_each).to(weights.dtype)
 
     def queue(self, weights: Float[Tensor, "..."], wires: Sequence[int]) -> None:
         """Queues the gates as PennyLane operations on the given wires."""
@@ -170,31 +185,47 @@ class Program:
             graph = None if data["angles"] is None else Graph.from_plain(data["angles"])
             entries = None if data["entries"] is None else tuple(data["entries"])
             program = cls(data["num_wires"], tuple(data["shape"]), gates, entries, graph)
-            sound = all(
-                (g.name in ROTATIONS and 0 <= g.angle < program.num_angles)
-                if g.angle is not None
-                else (g.name in FIXED or g.name in ROTATIONS or g.name == _MATRIX)
-                and g.constant.shape == (2 ** len(g.wires),) * 2
-                for g in gates
-            ) and all(0 <= w < program.num_wires for g in gates for w in g.wires)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a traced ansatz: {error}") from None
-        if not sound:
-            raise ValueError("not a traced ansatz: a gate is unknown or acts on wires or angles that are not there")
+            program._validate()
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"not a traced ansatz: {' '.join(str(error).split())}") from None
         return program
 
-    def _entries(self, examples: list[Tensor]) -> tuple[int, ...] | None:
+    def _validate(self) -> None:
+        """Refuses what no trace gives: `ValueError`, or whatever error running the angles raises."""
+
+        def require(sound: bool, what: str) -> None:
+            if not sound:
+                raise ValueError(what)
+
+        sizes = (self.num_wires, *self.shape)
+        require(all(type(n) is int and 0 < n < 2**20 for n in sizes), f"wires and shape {sizes!r} are no sizes")
+        require(prod(self.shape) < 2**20, f"shape {self.shape!r} is too large")
+        for gate in self.gates:
+            wires_there = all(type(w) is int and 0 <= w < self.num_wires for w in gate.wires)
+            require(wires_there and len(set(gate.wires)) == len(gate.wires) > 0, f"wires {gate.wires!r}")
+            if gate.angle is None:
+                require(gate.name in ROTATIONS | FIXED | {_MATRIX}, f"a gate is unknown: {gate.name!r}")
+                square = gate.constant.shape == (2 ** len(gate.wires),) * 2
+                require(square and _is_unitary(gate.constant), f"the matrix of {gate.name} is not unitary")
+            else:
+                require(gate.name in ROTATIONS, f"a gate is unknown: {gate.name!r}")
+                require(type(gate.angle) is int and 0 <= gate.angle < self.num_angles, f"angle {gate.angle!r}")
+                size = len(gate.word) if gate.name == "PauliRot" else getattr(qml, gate.name).num_wires
+                require(size in (None, len(gate.wires)), f"{gate.name} on {len(gate.wires)} wires")
+                require((gate.word is None) == (gate.name != "PauliRot"), f"word {gate.word!r} of {gate.name}")
+        if self.angles_graph is None:
+            known = range(prod(self.shape))
+            require(all(type(i) is int and i in known for i in self.entries), f"entries {self.entries!r}")
+        else:
+            require(self.angles_graph.inputs == 1, "the angles are computed from more than the weights")
+            self.angles(torch.ones(1, *self.shape))
+
+    def _entries(self) -> tuple[int, ...] | None:
         """For angles that are plain entries of the weights: which ones."""
-        numbers = torch.arange(prod(self.shape), dtype=torch.float64).reshape(self.shape)
-        found = [float(a.detach()) for a in self.angles_graph(numbers)]
-        if not all(a.is_integer() and 0 <= a < numbers.numel() for a in found):
+        if not all(name.partition(".")[0] in _SELECTING for name, _, _ in self.angles_graph.nodes):
             return None
-        entries = tuple(int(a) for a in found)
-        same = all(
-            all(float(a) == float(w.flatten()[i]) for a, i in zip(self.angles_graph(w), entries, strict=True))
-            for w in examples
-        )
-        return entries if same else None
+        numbers = torch.arange(prod(self.shape), dtype=torch.float64).reshape(self.shape)
+        return tuple(int(a) for a in self.angles_graph(numbers))
 
     def _check(self, function: Callable, examples: list[Tensor], label: str) -> None:
         """The trace must give what the function gives for other weights too."""
@@ -215,8 +246,12 @@ class Program:
                 )
 
 
-def _example(shape: tuple[int, ...], seed: int) -> Tensor:
-    numbers = np.random.default_rng(seed).uniform(-3, 3, size=shape)
+def _is_unitary(matrix: np.ndarray) -> bool:
+    return bool(np.allclose(matrix @ matrix.conj().T, np.eye(len(matrix))))
+
+
+def _example(shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    numbers = np.random.default_rng(11).uniform(low, high, size=shape)
     return torch.as_tensor(numbers, dtype=torch.float64)
 
 
@@ -250,14 +285,18 @@ def _gates(recorded: list, results: list, label: str) -> tuple[tuple[Gate, ...],
         values = results[position : position + len(operation.parameters)]
         position += len(values)
         traced = [v["ref"] for v in values if isinstance(v, dict)]
-        wires = tuple(operation.wires.tolist())
+        wires = tuple(int(wire) for wire in operation.wires)
         if not traced:
             matrix = np.asarray(qml.math.toarray(qml.matrix(operation)), dtype=complex)
+            if not _is_unitary(matrix):
+                raise ValueError(f"ansatz {label}: the matrix of {operation.name} is not unitary")
             pairs = tuple(tuple((float(z.real), float(z.imag)) for z in row) for row in matrix)
             gates.append(Gate(operation.name, wires, matrix=pairs))
         elif operation.name == _MATRIX:
             raise ValueError(f"ansatz {label}: a matrix that depends on the weights cannot be traced; use rotations")
         else:
+            if (size := operation.parameters[0].numel()) != 1:
+                raise ValueError(f"ansatz {label}: {operation.name} takes one angle; got {size}")
             word = operation.hyperparameters.get("pauli_word")
             gates.append(Gate(operation.name, wires, angle=len(used), word=word))
             used.append(traced[0])
@@ -280,7 +319,7 @@ def trace_rotations(name: str, word: str | None, num_wires: int, count: int, dty
         torch.linspace(0.1, 1.0, count, dtype=dtype),
         torch.linspace(-2.0, 3.0, count, dtype=dtype),
     )
-    with warnings.catch_warnings():
+    with ordinary_mode(), warnings.catch_warnings():
         # Some of PennyLane's broadcast formulas leave torch for NumPy on the way: found out by trying, not trusted.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:

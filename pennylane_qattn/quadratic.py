@@ -55,7 +55,11 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        a, rows, signs = ctx.saved_tensors
+        with torch.autocast(upstream.device.type, enabled=False):
+            return _Blocked._gradients(*ctx.saved_tensors, upstream)
+
+    @staticmethod
+    def _gradients(a: Tensor, rows: Tensor, signs: Tensor, upstream: Tensor):
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
             weighted = 2 * (a @ rows.transpose(1, 2)) * (upstream @ signs.transpose(1, 2))
             by_head = weighted @ rows

@@ -70,7 +70,7 @@ class Registry(dict[str, type[Described]], Generic[Described]):
         except (KeyError, TypeError):
             raise ValueError(f"unknown {self.kind} {name!r}; choose from {', '.join(sorted(self))}") from None
 
-    def build(self, what: "Described | str", **options: Any) -> Described:
+    def build(self, what: "Described | str", /, **options: Any) -> Described:
         """A description from its name and options; one that is built already is returned as it is."""
         if isinstance(what, Description) and what.registry is self:
             return what
@@ -88,11 +88,17 @@ class Registry(dict[str, type[Described]], Generic[Described]):
 
 def from_plain(data: Mapping[str, Any]) -> Description:
     """Reads what `Description.to_plain` wrote, nested descriptions included."""
-    if not isinstance(data, Mapping) or not {"kind", "name"} <= data.keys():
+    if (
+        not isinstance(data, Mapping)
+        or not {"kind", "name"} <= data.keys()
+        or not all(isinstance(k, str) for k in data)
+    ):
         raise ValueError(f"a description needs the keys 'kind' and 'name'; got {data!r}")
-    if data["kind"] not in Registry.all:
+    if not isinstance(data["kind"], str) or data["kind"] not in Registry.all:
         raise ValueError(f"unknown kind of description {data['kind']!r}; known: {', '.join(sorted(Registry.all))}")
     registry = Registry.all[data["kind"]]
+    if not isinstance(data["name"], str):
+        raise ValueError(f"unknown {registry.kind} {data['name']!r}; choose from {', '.join(sorted(registry))}")
     if not registry.lookup(data["name"]).is_plain:
         raise ValueError(f"{registry.kind} {data['name']!r} is not read from data, since that would import code")
     options = {k: _unplain(v) for k, v in data.items() if k not in ("kind", "name")}

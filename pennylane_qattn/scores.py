@@ -4,6 +4,7 @@ Sources: scaled dot product, arXiv 1706.03762 eq. 1; exponential of the negative
 2205.05625, eq. 8) and QISA (arXiv 2603.03318). Masking and normalising are not done here but in `attention.py`.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -80,7 +81,7 @@ class GaussianScore(Score):
         if not 0 < beta < float("inf"):
             raise ValueError(f"beta must be positive and finite; got {beta}")
         # softplus keeps beta positive; the parameter is its inverse at the starting value
-        self.raw_beta = nn.Parameter(torch.full((num_heads,), beta).expm1().log())
+        self.raw_beta = nn.Parameter(torch.full((num_heads,), beta + math.log(-math.expm1(-beta))))
 
     @property
     def beta(self) -> Float[Tensor, " heads"]:
@@ -109,20 +110,25 @@ class PublishedGaussianScore(Score):
     r""":math:`a_{ij} = \exp(-\lVert q_i - k_j \rVert^2)`, itself an exponent of the softmax (QISA, QSANN).
 
     It lies in (0, 1], so no weight of a row exceeds another by more than a factor :math:`e`: rows are almost uniform.
+    It is computed in float32 or better: a small difference of large norms is beyond half precision.
     """
 
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        q = _at_least_float32(q)
         norm = q.square().sum(-1, keepdim=True)
         return torch.cat((2 * q, -norm, torch.ones_like(norm)), dim=-1)
 
     def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        k = _at_least_float32(k)
         norm = k.square().sum(-1, keepdim=True)
         return torch.cat((k, torch.ones_like(norm), -norm), dim=-1)
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]:
-        return (q @ k.transpose(-2, -1)).exp()
+        with torch.autocast(q.device.type, enabled=False):
+            # rounding may leave a squared distance below zero, and the exponential would magnify that
+            return (q @ k.transpose(-2, -1)).clamp(max=0).exp()
 
 
 class OverlapScore(Score):
@@ -146,7 +152,7 @@ class OverlapScore(Score):
         self.strength = nn.Parameter(torch.full((num_heads,), float(strength)))
 
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        return q if self.complex_states else F.normalize(q, dim=-1)
+        return q if self.complex_states else F.normalize(_at_least_float32(q), dim=-1)
 
     keys = queries
 
@@ -159,6 +165,10 @@ class OverlapScore(Score):
             # <q|k> = (q_r k_r + q_i k_i) + i (q_r k_i - q_i k_r)
             overlap = overlap + (torch.cat((-imaginary, real), dim=-1) @ k.transpose(-2, -1)).square()
         return self.strength.to(overlap.dtype)[:, None, None] * overlap
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _pad_to_alignment(x: Tensor) -> Tensor:

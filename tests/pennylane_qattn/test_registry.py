@@ -46,7 +46,7 @@ def test_names_stand_for_descriptions():
         ),
         (lambda: ANSATZE.build("foo"), "unknown ansatz 'foo'"),
         (lambda: QISA(encoding="foo"), "unknown encoding 'foo'; choose from amplitude, angle"),
-        (lambda: StronglyEntangling(layers=0), "layers must be at least 1; got 0"),
+        (lambda: StronglyEntangling(layers=0), "layers must be an integer of at least 1; got 0"),
         (lambda: Gaussian(values="foo"), "values must be one of linear, circuit, quadratic; got 'foo'"),
         (lambda: from_plain({"name": "qisa"}), "needs the keys 'kind' and 'name'"),
         (lambda: from_plain({"kind": "os", "name": "system"}), "unknown kind of description 'os'"),
