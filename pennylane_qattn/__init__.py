@@ -11,6 +11,7 @@ from pennylane_qattn.ansatz import (
 from pennylane_qattn.attention import Attention, KeyValueCache
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, AngleEncoding, Encoding
+from pennylane_qattn.execution import make_executor, set_execution
 from pennylane_qattn.features import (
     CircuitFeatureMap,
     FeatureMap,
@@ -30,6 +31,8 @@ from pennylane_qattn.mechanisms import (
     QSANNMulti,
     build_attention,
 )
+from pennylane_qattn.noise import Noise
+from pennylane_qattn.planning import Execution, Plan
 from pennylane_qattn.scores import GaussianScore, OverlapScore, PublishedGaussianScore, ScaledDotScore, Score
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "CircuitFeatureMap",
     "Classical",
     "Encoding",
+    "Execution",
     "FeatureMap",
     "FunctionAnsatz",
     "Gaussian",
@@ -54,8 +58,10 @@ __all__ = [
     "KeyValueCache",
     "LinearFeatureMap",
     "Mechanism",
+    "Noise",
     "Overlap",
     "OverlapScore",
+    "Plan",
     "PublishedGaussianScore",
     "QISAAbsorbed",
     "QISAAnsatz",
@@ -67,4 +73,6 @@ __all__ = [
     "StateFeatureMap",
     "StronglyEntangling",
     "build_attention",
+    "make_executor",
+    "set_execution",
 ]

@@ -7,6 +7,7 @@ Amplitude encoding (QISA, arXiv 2603.03318): :math:`|\psi(x)\rangle = x / \lVert
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pennylane as qml
 import torch
@@ -25,7 +26,13 @@ class Encoding(Description, ABC):
 
     The state's amplitudes are `phases * amplitudes(x)`: a fixed diagonal of phases times a real vector, which may
     leave out trailing zeros.
+
+    Attributes:
+        uses_gates: `prepare` queues gates alone, which devices run and differentiate like any other; where it is
+            false, devices prepare the state itself, and its gradient is taken in the state.
     """
+
+    uses_gates: ClassVar[bool] = False
 
     @abstractmethod
     def num_wires(self, num_features: int) -> int:
@@ -68,7 +75,10 @@ class AmplitudeEncoding(Encoding):
         return normalise(x)
 
     def prepare(self, x: Float[Tensor, "*batch features"], wires: Sequence[int]) -> None:
-        qml.AmplitudeEmbedding(self.amplitudes(x), wires=wires, pad_with=0.0, normalize=True)
+        amplitudes = self.amplitudes(x)
+        padding = 2 ** len(wires) - amplitudes.shape[-1]
+        # normalised above; PennyLane's own check would refuse what float32 rounds
+        qml.StatePrep(torch.nn.functional.pad(amplitudes, (0, padding)), wires=wires, validate_norm=False)
 
 
 @ENCODINGS.register
@@ -81,6 +91,7 @@ class AngleEncoding(Encoding):
     """
 
     name = "angle"
+    uses_gates = True
     rotation: str = "Y"
 
     def __post_init__(self):

@@ -1,109 +1,72 @@
-r"""Executors: how the circuits of a layer are run. The one boundary between circuits and torch modules.
+"""From a description of execution to executors, for circuits and for whole modules."""
 
-An executor gets the circuits of all heads, which differ in words and angles only, and computes expectation values or
-states. `folded` runs them as matrices. Parameters and words belong to the feature map, never to the executor, so a
-model trained with one executor is evaluated with another from the same checkpoint.
-"""
-
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import nn
 
 from pennylane_qattn.circuit import Circuit
-from pennylane_qattn.folding import Fold, Memory, check_foldable
-from pennylane_qattn.quadratic import quadratic_forms
+from pennylane_qattn.devices import Meter
+from pennylane_qattn.executor import Executor, FoldedExecutor
+from pennylane_qattn.planning import Execution, Plan, make_meter, make_plan
+from pennylane_qattn.qnode import QNodeExecutor
 
 
-class Executor(ABC):
-    """Runs circuits that share encoding and ansatz.
+def make_executor(
+    circuits: Sequence[Circuit],
+    execution: Execution | str = "auto",
+    index: int = 0,
+    for_states: bool = False,
+    meter: Meter | None = None,
+) -> Executor:
+    """The executor for circuits that share encoding and ansatz.
 
     Args:
         circuits: one per head.
-    """
-
-    name: str
-
-    def __init__(self, circuits: Sequence[Circuit]):
-        self.circuits = tuple(circuits)
-
-    @abstractmethod
-    def expectations(
-        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
-    ) -> Float[Tensor, "heads tokens words"]:
-        """Expectation values of every head's words."""
-
-    @abstractmethod
-    def states(
-        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
-    ) -> Float[Tensor, "heads tokens amplitudes"]:
-        """Final states, real amplitudes followed by imaginary ones."""
-
-    @abstractmethod
-    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes ready for weights of that dtype and device, ahead of the first call."""
-
-
-class FoldedExecutor(Executor):
-    """Circuits as matrices in torch: exact, differentiable, no PennyLane call when run."""
-
-    name = "folded"
-
-    def __init__(self, circuits: Sequence[Circuit]):
-        super().__init__(circuits)
-        first = self.circuits[0]
-        check_foldable(first, len(self.circuits))
-        self._program = first.ansatz.program(first.num_wires)
-        self._folds: dict[tuple[torch.dtype, torch.device], Fold] = {}
-        self._readouts, self._states = Memory(), Memory()
-
-    def expectations(
-        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
-    ) -> Float[Tensor, "heads tokens words"]:
-        amplitudes = self.circuits[0].encoding.amplitudes(x)
-        fold = self._fold(weights)
-        width = amplitudes.shape[-1]
-        rows, signs = self._readouts(lambda: fold.readout(*fold.evolve(weights, width)), weights, width)
-        return quadratic_forms(amplitudes, rows, signs)
-
-    def states(
-        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
-    ) -> Float[Tensor, "heads tokens amplitudes"]:
-        amplitudes = self.circuits[0].encoding.amplitudes(x)
-        fold = self._fold(weights)
-        width = amplitudes.shape[-1]
-        matrix = self._states(lambda: fold.states(weights, width), weights, width)
-        return amplitudes @ torch.cat((matrix.real, matrix.imag), dim=1).transpose(1, 2)
-
-    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        if (dtype, device) not in self._folds:
-            first = self.circuits[0]
-            self._folds[dtype, device] = Fold(
-                self._program,
-                first.num_wires,
-                [circuit.words for circuit in self.circuits],
-                phases=first.encoding.phases(first.num_features),
-                dtype=dtype,
-                device=device,
-            )
-
-    def _fold(self, weights: Tensor) -> Fold:
-        self.prepare(weights.dtype, weights.device)
-        return self._folds[weights.dtype, weights.device]
-
-
-#: Executors by name.
-EXECUTORS: dict[str, type[Executor]] = {FoldedExecutor.name: FoldedExecutor}
-
-
-def make_executor(name: str, circuits: Sequence[Circuit]) -> Executor:
-    """The executor of that name for these circuits.
+        execution: how to run them, or the name of an executor.
+        index: sets the shots of several executors apart.
+        for_states: final states are wanted, not expectation values.
+        meter: counts the device's executions, of other executors too where they share it.
 
     Raises:
-        ValueError: for an unknown name, or circuits it cannot run.
+        ValueError: if that cannot be done; the message names what can.
     """
-    if name not in EXECUTORS:
-        raise ValueError(f"unknown executor {name!r}; choose from {', '.join(sorted(EXECUTORS))}")
-    return EXECUTORS[name](circuits)
+    execution = as_execution(execution)
+    if execution.executor != "qnode":
+        plan = make_plan(execution, circuits, for_states=for_states)
+        if plan.executor == "folded":
+            return FoldedExecutor(circuits, plan)
+    return QNodeExecutor(circuits, execution, index, for_states, meter)
+
+
+def as_execution(execution: Execution | str) -> Execution:
+    """An execution from the name of an executor; a description is returned as it is."""
+    return Execution(executor=execution) if isinstance(execution, str) else execution
+
+
+def set_execution(module: nn.Module, execution: Execution | str) -> list[Plan]:
+    """Runs every circuit in a module that way from now on, on one meter; parameters stay as they are.
+
+    Args:
+        module: any module with circuit feature maps inside.
+        execution: how to run them, or the name of an executor.
+
+    Returns:
+        The plan of every circuit feature map.
+
+    Raises:
+        ValueError: if one of them cannot be run so.
+    """
+    from pennylane_qattn.features import CircuitFeatureMap  # which makes its executors here
+
+    maps = [part for part in module.modules() if isinstance(part, CircuitFeatureMap)]
+    meter = make_meter(as_execution(execution))
+    for index, part in enumerate(maps):
+        part.set_execution(execution, index, meter)
+    return [part.executor.plan for part in maps]
+
+
+def executors(module: nn.Module) -> list[Executor]:
+    """What runs the circuits in a module."""
+    from pennylane_qattn.features import CircuitFeatureMap
+
+    return [part.executor for part in module.modules() if isinstance(part, CircuitFeatureMap)]

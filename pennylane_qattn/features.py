@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from pennylane_qattn.ansatz import ANSATZE, Ansatz
 from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.devices import Meter
 from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding
-from pennylane_qattn.execution import make_executor
+from pennylane_qattn.execution import Execution, Executor, make_executor
 from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.quadratic import quadratic_forms
@@ -159,7 +160,7 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         split: each head encodes its own slice of the embedding instead of the whole.
         words: the same observables for every head instead of drawn ones.
         seed: draws the words; one or several non-negative integers.
-        executor: how the circuits are run.
+        execution: how the circuits are run, or the name of an executor.
 
     Shapes:
         `weights`: `(heads, *ansatz.shape(num_wires))`, radians, drawn uniformly from [0, 2 pi).
@@ -175,13 +176,13 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         split: bool = False,
         words: Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
-        executor: str = "folded",
+        execution: Execution | str = "auto",
     ):
         self.ansatz, self.encoding = ANSATZE.build(ansatz), ENCODINGS.build(encoding)
         out_features = out_features if words is None else len(words)
         super().__init__(embed_dim, num_heads, out_features, split, self.encoding, words, seed)
-        self.executor_name = executor
-        self.executor = make_executor(executor, self.circuits)
+        self._how: tuple = (execution, 0, None)
+        self.executor = self.make_executor(*self._how)
         shape = (num_heads, *self.ansatz.shape(self.num_wires))
         self.weights = nn.Parameter(torch.rand(shape, dtype=_default_dtype()) * 2 * math.pi)
         self.executor.prepare(self.weights.dtype, self.weights.device)
@@ -191,6 +192,16 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         """The circuit of each head."""
         return [Circuit(self.in_features, words, self.encoding, self.ansatz) for words in self.words]
 
+    def make_executor(self, execution: Execution | str, index: int, meter: Meter | None) -> Executor:
+        """An executor for these circuits; `index` sets the shots of several maps apart, and `meter` counts for all."""
+        return make_executor(self.circuits, execution, index, meter=meter)
+
+    def set_execution(self, execution: Execution | str, index: int = 0, meter: Meter | None = None) -> None:
+        """Runs the circuits that way from now on."""
+        self.executor = self.make_executor(execution, index, meter)
+        self._how = (execution, index, self.executor.meter)
+        self.prepare()
+
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         dtype = torch.promote_types(x.dtype, self.weights.dtype)
         return self.executor.expectations(x.to(dtype), self.weights.to(dtype))
@@ -199,7 +210,7 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         if not hasattr(self, "weights"):
             return
         if [c.words for c in self.executor.circuits] != self.words:
-            self.executor = make_executor(self.executor_name, self.circuits)
+            self.executor = self.make_executor(*self._how)
         self.executor.prepare(self.weights.dtype, self.weights.device)
 
 
@@ -212,6 +223,9 @@ class StateFeatureMap(CircuitFeatureMap):
     def __init__(self, embed_dim: int, num_heads: int, **options):
         super().__init__(embed_dim, num_heads, 1, **options)
         self.out_features = 2 * 2**self.num_wires
+
+    def make_executor(self, execution: Execution | str, index: int, meter: Meter | None) -> Executor:
+        return make_executor(self.circuits, execution, index, for_states=True, meter=meter)
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         dtype = torch.promote_types(x.dtype, self.weights.dtype)

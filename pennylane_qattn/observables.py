@@ -98,3 +98,13 @@ def word_signs(word: str) -> np.ndarray:
     for letter in word:
         signs = np.kron(signs, [1.0, 1.0] if letter == "I" else [1.0, -1.0])
     return signs
+
+
+def word_action(word: str) -> tuple[np.ndarray, np.ndarray]:
+    """The word as a signed permutation: `(P psi)[b] = phases[b] * psi[source[b]]`, both `(2 ** wires,)`."""
+    source, phases = np.zeros(1, dtype=int), np.ones(1, dtype=complex)
+    for letter in word:
+        flip, on_zero, on_one = {"I": (0, 1, 1), "X": (1, 1, 1), "Y": (1, -1j, 1j), "Z": (0, 1, -1)}[letter]
+        source = (2 * source[:, None] + (np.arange(2) ^ flip)).ravel()
+        phases = np.kron(phases, [on_zero, on_one])
+    return source, phases

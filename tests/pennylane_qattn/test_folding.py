@@ -17,7 +17,8 @@ from pennylane_qattn import (
     StateFeatureMap,
     StronglyEntangling,
 )
-from pennylane_qattn.execution import FoldedExecutor, make_executor
+from pennylane_qattn.execution import make_executor
+from pennylane_qattn.executor import FoldedExecutor
 from pennylane_qattn.folding import fuse
 from pennylane_qattn.observables import draw_words
 
@@ -185,5 +186,5 @@ def test_too_large_a_fold_is_refused():
 
 
 def test_unknown_executor():
-    with pytest.raises(ValueError, match="unknown executor 'foo'; choose from folded"):
+    with pytest.raises(ValueError, match="unknown executor 'foo'; choose from auto, folded, qnode"):
         make_executor("foo", [Circuit(2, ("Z",))])

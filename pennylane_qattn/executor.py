@@ -1,0 +1,107 @@
+"""Executors: what runs the circuits of a layer. Here the interface, and the executor `folded`.
+
+An executor gets the circuits of all heads, which differ in words and angles only, and computes expectation values or
+states. Parameters and words belong to the feature map, never to the executor, so a model trained with one executor is
+evaluated with another from the same checkpoint.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.devices import Meter
+from pennylane_qattn.folding import Fold, Memory
+from pennylane_qattn.planning import Execution, Plan, make_plan
+from pennylane_qattn.quadratic import quadratic_forms
+
+
+class Executor(ABC):
+    """Runs circuits that share encoding and ansatz.
+
+    Args:
+        circuits: one per head.
+
+    Attributes:
+        name: what it is called.
+        plan: what it does, and why.
+        meter: counts the circuits that ran on a device.
+    """
+
+    name: str
+    plan: Plan
+
+    def __init__(self, circuits: Sequence[Circuit]):
+        self.circuits = tuple(circuits)
+        self.meter = Meter()
+
+    @abstractmethod
+    def expectations(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens words"]:
+        """Expectation values of every head's words."""
+
+    @abstractmethod
+    def states(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens amplitudes"]:
+        """Final states, real amplitudes followed by imaginary ones."""
+
+    def count(self, tokens: int, training: bool) -> int:
+        """Device executions for so many tokens, at most; in training with gradients by inputs and angles."""
+        return 0
+
+    @abstractmethod
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes ready for weights of that dtype and device, ahead of the first call."""
+
+
+class FoldedExecutor(Executor):
+    """Circuits as matrices in torch: exact, differentiable, no PennyLane call when run."""
+
+    name = "folded"
+
+    def __init__(self, circuits: Sequence[Circuit], plan: Plan | None = None):
+        super().__init__(circuits)
+        self.plan = plan or make_plan(Execution(executor="folded"), self.circuits)
+        first = self.circuits[0]
+        self._program = first.ansatz.program(first.num_wires)
+        self._folds: dict[tuple[torch.dtype, torch.device], Fold] = {}
+        self._readouts, self._states = Memory(), Memory()
+
+    def expectations(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens words"]:
+        amplitudes = self.circuits[0].encoding.amplitudes(x)
+        fold = self._fold(weights)
+        width = amplitudes.shape[-1]
+        rows, signs = self._readouts(lambda: fold.readout(*fold.evolve(weights, width)), weights, width)
+        return quadratic_forms(amplitudes, rows, signs)
+
+    def states(
+        self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
+    ) -> Float[Tensor, "heads tokens amplitudes"]:
+        amplitudes = self.circuits[0].encoding.amplitudes(x)
+        fold = self._fold(weights)
+        width = amplitudes.shape[-1]
+        matrix = self._states(lambda: fold.states(weights, width), weights, width)
+        return amplitudes @ torch.cat((matrix.real, matrix.imag), dim=1).transpose(1, 2)
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        if (dtype, device) not in self._folds:
+            first = self.circuits[0]
+            self._folds[dtype, device] = Fold(
+                self._program,
+                first.num_wires,
+                [circuit.words for circuit in self.circuits],
+                phases=first.encoding.phases(first.num_features),
+                dtype=dtype,
+                device=device,
+            )
+
+    def _fold(self, weights: Tensor) -> Fold:
+        self.prepare(weights.dtype, weights.device)
+        return self._folds[weights.dtype, weights.device]
