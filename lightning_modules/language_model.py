@@ -4,12 +4,14 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Literal, Self
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_modules import checkpoints
@@ -18,7 +20,7 @@ from lightning_modules.generation import generate, stream
 from lightning_modules.gpt import GPT, GPTConfig, preset
 from lightning_modules.metrics import TextMetrics
 from lightning_modules.tokenizers import Tokenizer, tokenizer_from_plain
-from pennylane_qattn import ATTENTION, QISA, Mechanism
+from pennylane_qattn import ATTENTION, QISA, Execution, Mechanism, set_execution
 
 Schedule = Literal["constant", "cosine"]
 
@@ -92,8 +94,10 @@ class LanguageModel(L.LightningModule):
         warmup_steps: optimizer steps in which the learning rate rises linearly.
         schedule: what the learning rate does then: constant, or cosine, falling to final_learning_rate.
         final_learning_rate: where cosine ends, as a fraction of learning_rate.
-        schedule_steps: optimizer steps until then, warm-up included; by default all steps of the run.
+        schedule_steps: optimizer steps until then, warm-up included; by default all steps of the run as it began.
+            A run that is continued keeps its schedule, even if it is made longer.
         decay_all: all parameters decay, as with torch's AdamW left to itself.
+        execution: how the circuits are run: folded, or on which device, with which gradients. No checkpoint keeps it.
 
     Raises:
         ValueError: one line naming the wrong value and the remedy.
@@ -122,6 +126,7 @@ class LanguageModel(L.LightningModule):
         final_learning_rate: float = 0.1,
         schedule_steps: int | None = None,
         decay_all: bool = False,
+        execution: Execution = Execution(),  # noqa: B008 a frozen value
     ):
         super().__init__()
         self.tokenizer = tokenizer
@@ -139,10 +144,20 @@ class LanguageModel(L.LightningModule):
         config = model_config(preset, vocab_size=tokenizer.vocab_size, dropout=dropout, **sizes)
         self.attention: Mechanism = ATTENTION.build(attention)
         self.gpt = GPT(config, self.attention)
+        self.set_execution(execution)
         self.metrics = nn.ModuleDict({"val": TextMetrics(tokenizer, text_windows=1024), "test": TextMetrics(tokenizer)})
         #: Cross-entropy (T,) at each position of the window, of the latest validation and test.
         self.cross_entropy_per_position: dict[str, Tensor] = {}
         self._clock, self._tokens = _Stopwatch(), 0
+        #: The step at which the schedule of the learning rate ends; known when training starts.
+        self.total_steps: float | None = None
+        self._continued_steps: float | None = None  # that of the run that is continued
+
+    def set_execution(self, execution: Execution) -> None:
+        """Runs the circuits that way from now on; the weights stay as they are."""
+        #: For every circuit feature map what runs it, and why.
+        self.plans = set_execution(self.gpt, execution)
+        self.execution = execution
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `(batch, seq, vocab)` of the token that follows each of `tokens` `(batch, seq)`."""
@@ -152,19 +167,15 @@ class LanguageModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()  # a model from a checkpoint comes in evaluation mode, and Lightning leaves the mode alone
-        self.total_steps = self.optimisation.schedule_steps or self._steps_of_the_run()
+        self.total_steps = self._continued_steps or self.optimisation.schedule_steps or self._steps_of_the_run()
+        self._continued_steps = None
 
     def _steps_of_the_run(self) -> float:
         if self.optimisation.schedule == "constant":
             return math.inf
         trainer = self.trainer
-        steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            # Not `estimated_stepping_batches`: asking for it keeps Lightning from restoring a loader's state.
-            loader = trainer.datamodule.train_dataloader() if trainer.datamodule else self.train_dataloader()
-            limit = trainer.limit_train_batches
-            batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
-            steps = min(steps, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        # Not `estimated_stepping_batches`: asking for it keeps Lightning from restoring a loader's state.
+        steps = planned_steps(trainer, (trainer.datamodule or self).train_dataloader)
         if steps == math.inf:
             raise ValueError("schedule 'cosine' needs an end; give max_steps, max_epochs or schedule_steps")
         return steps
@@ -216,13 +227,13 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         options = self.optimisation
-        scaler = self._trainer and getattr(self.trainer.precision_plugin, "scaler", None)
+        mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
         return torch.optim.AdamW(
             self.parameter_groups(),
             lr=options.learning_rate,
             betas=options.betas,
             weight_decay=options.weight_decay,
-            fused=scaler is None,  # a fifth of a small model's step; with a gradient scaler it cannot be clipped
+            fused=not mixed,  # a fifth of a small model's step; Lightning does not clip it in mixed precision
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -264,7 +275,8 @@ class LanguageModel(L.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         values = self.metrics[stage].compute()
-        per_position = self.cross_entropy_per_position[stage] = values.pop("cross_entropy_per_position").cpu()
+        per_position = values.pop("cross_entropy_per_position").reshape(-1).cpu()  # torchmetrics drops a single axis
+        self.cross_entropy_per_position[stage] = per_position
         self.log(f"{stage}_loss", values.pop("cross_entropy"), prog_bar=True)
         self.log_dict({f"{stage}_{name}": value for name, value in values.items()})
         if self.trainer.sanity_checking:
@@ -362,6 +374,7 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.to_plain()
+        checkpoint["schedule_steps"] = self.total_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to continue a run with another model: ValueError naming the first difference."""
@@ -369,6 +382,23 @@ class LanguageModel(L.LightningModule):
             raise ValueError(
                 f"the checkpoint holds another model: {found}; continue with the options that it began with"
             )
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._continued_steps = checkpoint.get("schedule_steps")
+
+
+def planned_steps(trainer: L.Trainer, train_dataloader: Callable[[], Sized]) -> float:
+    """The optimizer steps after which a trainer's max_steps or max_epochs ends a run; infinite without either."""
+    steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        batches = batches_per_epoch(trainer, train_dataloader)
+        steps = min(steps, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    return steps
+
+
+def batches_per_epoch(trainer: L.Trainer, train_dataloader: Callable[[], Sized]) -> int:
+    """The batches of an epoch that a trainer trains on."""
+    batches, limit = len(train_dataloader()), trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def model_config(name: str | GPTConfig, **overrides: Any) -> GPTConfig:

@@ -19,6 +19,7 @@ from pennylane_qattn.features import (
     QuadraticFeatureMap,
     StateFeatureMap,
 )
+from pennylane_qattn.layer import CircuitLayer
 from pennylane_qattn.mechanisms import (
     ATTENTION,
     QISA,
@@ -32,7 +33,9 @@ from pennylane_qattn.mechanisms import (
     build_attention,
 )
 from pennylane_qattn.noise import Noise
+from pennylane_qattn.openqasm import measurement_settings, to_openqasm
 from pennylane_qattn.planning import Execution, Plan
+from pennylane_qattn.resources import circuit_resources, training_executions
 from pennylane_qattn.scores import GaussianScore, OverlapScore, PublishedGaussianScore, ScaledDotScore, Score
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "BasicEntangler",
     "Circuit",
     "CircuitFeatureMap",
+    "CircuitLayer",
     "Classical",
     "Encoding",
     "Execution",
@@ -73,6 +77,10 @@ __all__ = [
     "StateFeatureMap",
     "StronglyEntangling",
     "build_attention",
+    "circuit_resources",
     "make_executor",
+    "measurement_settings",
     "set_execution",
+    "to_openqasm",
+    "training_executions",
 ]

@@ -42,10 +42,7 @@ _NOT_DEVICES = frozenset({"null.qubit", "default.tensor", "default.gaussian", "d
 _SEEDED = frozenset({"default.qubit", "default.mixed", "reference.qubit", "lightning.qubit", "lightning.kokkos"})
 _GLOBALLY_SEEDED = frozenset({"qiskit.aer", "qulacs.simulator", "cirq.simulator", "cirq.mixedsimulator"})
 #: Devices whose states are right in their phase too, for every way of preparing a state.
-_STATES_WITH_PHASE = frozenset(
-    """default.qubit reference.qubit lightning.qubit lightning.kokkos lightning.gpu cirq.simulator
-    qulacs.simulator""".split()
-)
+_STATES_WITH_PHASE = frozenset("default.qubit reference.qubit lightning.qubit lightning.kokkos lightning.gpu".split())
 #: Tapes, or amplitudes of a broadcast tape, that go to a device in one call: bounds memory.
 MAX_TAPES, MAX_AMPLITUDES = 2**14, 2**24
 

@@ -19,6 +19,7 @@ from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding
 from pennylane_qattn.execution import Execution, Executor, make_executor
 from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
+from pennylane_qattn.precision import at_least_float32
 from pennylane_qattn.quadratic import quadratic_forms
 
 
@@ -96,13 +97,7 @@ class PerHeadFeatureMap(FeatureMap):
         """Rebuilds everything that is derived from parameters' dtype and device, and from the words."""
 
     def _apply(self, fn, recurse=True):
-        def at_least_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                return tensor.to(moved.device, torch.promote_types(tensor.dtype, torch.float32))
-            return moved
-
-        super()._apply(at_least_float32, recurse)
+        super()._apply(at_least_float32(fn), recurse)
         self.prepare()
         return self
 
@@ -198,8 +193,12 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
 
     def set_execution(self, execution: Execution | str, index: int = 0, meter: Meter | None = None) -> None:
         """Runs the circuits that way from now on."""
-        self.executor = self.make_executor(execution, index, meter)
-        self._how = (execution, index, self.executor.meter)
+        self.use(self.make_executor(execution, index, meter), execution, index)
+
+    def use(self, executor: Executor, execution: Execution | str, index: int = 0) -> None:
+        """Takes over an executor that `make_executor` made."""
+        self.executor = executor
+        self._how = (execution, index, executor.meter)
         self.prepare()
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:

@@ -71,7 +71,7 @@ def state_shift_rule(gate: Gate) -> tuple[tuple[float, float], ...]:
     return _rule((1.0,) if whole else (0.5,))
 
 
-def _rule(frequencies: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+def _rule(frequencies: Sequence[float | int]) -> tuple[tuple[float, float], ...]:
     return tuple((float(c), float(s)) for c, s in qml.gradients.generate_shift_rule(frequencies))
 
 
@@ -138,8 +138,7 @@ class FiniteDifference(_Shifts):
 
     def __init__(self, method: str, options: Mapping[str, Any]):
         super().__init__(method, options)
-        if not self.options["h"] > 0:
-            raise ValueError(f"h must be positive in gradient_options; got {self.options['h']!r}")
+        _check_step(self.options["h"])
         order, strategy = self.options["approx_order"], self.options["strategy"]
         try:
             coefficients, shifts = qml.gradients.finite_diff_coeffs(n=1, approx_order=order, strategy=strategy)
@@ -162,12 +161,15 @@ class SPSA(Jacobian):
 
     def __init__(self, method: str, options: Mapping[str, Any]):
         super().__init__(method, options)
-        if not self.options["h"] > 0:
-            raise ValueError(f"h must be positive in gradient_options; got {self.options['h']!r}")
+        _check_step(self.options["h"])
         count = self.options["num_directions"]
-        if not isinstance(count, int) or count < 1:
+        if type(count) is not int or count < 1:
             raise ValueError(f"num_directions must be at least 1 in gradient_options; got {count!r}")
-        self._rng = np.random.default_rng(self.options["seed"])
+        try:
+            self._rng = np.random.default_rng(self.options["seed"])
+        except (TypeError, ValueError):
+            seed = self.options["seed"]
+            raise ValueError(f"seed must be a non-negative integer in gradient_options; got {seed!r}") from None
 
     def __call__(self, engine: Engine, jobs: Sequence[Job], columns: Sequence[int]) -> list[np.ndarray]:
         h, count = self.options["h"], self.options["num_directions"]
@@ -225,6 +227,11 @@ class HadamardTest(Jacobian):
         return settings * sum(_generator_terms(gate) for gate in gates)
 
 
+def _check_step(h: Any) -> None:
+    if isinstance(h, bool) or not isinstance(h, int | float) or not 0 < h < np.inf:
+        raise ValueError(f"h must be a positive number in gradient_options; got {h!r}")
+
+
 @cache
 def _generator_terms(gate: Gate) -> int:
     tape = qml.tape.QuantumScript([operation(gate, 0.3)], [qml.expval(qml.Z(gate.wires[0]))], trainable_params=[0])
@@ -232,11 +239,8 @@ def _generator_terms(gate: Gate) -> int:
 
 
 def _as_array(found: Any, measurements: int, columns: int) -> np.ndarray:
-    return np.array([[np.asarray(value) for value in _listed(row, columns)] for row in _listed(found, measurements)])
-
-
-def _listed(found: Any, count: int) -> Sequence[Any]:
-    return (found,) if count == 1 and not isinstance(found, tuple | list) else found
+    """Derivatives `(measurements, columns)`; PennyLane leaves out the axes of length 1."""
+    return np.array(found, dtype=np.float64).reshape(measurements, columns)
 
 
 #: Methods that need values alone.

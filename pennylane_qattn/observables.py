@@ -5,6 +5,7 @@ probability 0.9 and X, Y or Z otherwise.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import pennylane as qml
@@ -92,6 +93,7 @@ def group_words(words: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
+@lru_cache(maxsize=4096)
 def word_signs(word: str) -> np.ndarray:
     """Eigenvalue (+1 or -1) of the word for each basis state of its measurement basis, `(2 ** wires,)`."""
     signs = np.ones(1)

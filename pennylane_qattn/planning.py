@@ -3,9 +3,9 @@
 Nothing falls back in silence: a plan either does what was asked for or is refused with one line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +14,14 @@ from pennylane_qattn.devices import LOCAL_SIMULATORS, Meter, Runner
 from pennylane_qattn.folding import check_foldable
 from pennylane_qattn.gradients import JACOBIANS, rotations, shift_rule
 from pennylane_qattn.noise import Noise
-from pennylane_qattn.tapes import Tapes
+from pennylane_qattn.tapes import Tapes, operation
 
-ExecutorName = Literal["auto", "folded", "qnode"]
-DiffMethod = Literal["auto", "backprop", "adjoint", "parameter-shift", "finite-diff", "spsa", "hadamard"]
 #: Methods by name.
 METHODS = ("backprop", "adjoint", *JACOBIANS)
 #: Above so many wires adjoint is preferred to backprop, which keeps every intermediate state.
 BACKPROP_WIRES = 12
+#: Gates whose gradient PennyLane's mixed-state simulator loses on its way (0.45).
+_LOST_BY_BACKPROP = frozenset({"PhaseShift", "PSWAP"})
 #: Most executions on devices that are not simulators here, unless said otherwise.
 REMOTE_MAX_EXECUTIONS = 10_000
 
@@ -35,7 +35,8 @@ class Execution:
             and small enough, on the device otherwise.
         device: PennyLane's name of the device.
         device_options: keyword arguments of the device.
-        diff_method: how gradients are taken; `"auto"`: the fastest right one.
+        diff_method: how gradients are taken: backprop, adjoint, parameter-shift, finite-diff, spsa, hadamard, or
+            `"auto"`: the fastest right one.
         gradient_options: options of that method, such as `h` of finite-diff and spsa.
         shots: measurements of every circuit and setting; `None`: exact expectation values.
         noise: what the device is to simulate.
@@ -45,10 +46,10 @@ class Execution:
         retries: how often a failed call to a device that is no simulator here is tried again.
     """
 
-    executor: ExecutorName = "auto"
+    executor: str = "auto"
     device: str = "default.qubit"
     device_options: dict[str, Any] = field(default_factory=dict)
-    diff_method: DiffMethod = "auto"
+    diff_method: str = "auto"
     gradient_options: dict[str, Any] = field(default_factory=dict)
     shots: int | None = None
     noise: Noise = field(default_factory=Noise)
@@ -70,8 +71,17 @@ class Execution:
             optional = name in ("shots", "max_executions")
             sound = (value is None and optional) or (type(value) is int and value >= least)
             require(sound, f"{name} must be an integer of at least {least}; got {value!r}")
-        if isinstance(self.noise, dict):
-            object.__setattr__(self, "noise", Noise(**self.noise))
+        for name in ("device_options", "gradient_options"):
+            value = getattr(self, name)
+            require(isinstance(value, dict), f"{name} must be like {{name: value}}; got {value!r}")
+        require(isinstance(self.device, str), f"device must be a name; got {self.device!r}")
+        require("shots" not in self.device_options, "shots is no device_option but an option of the execution itself")
+        require(isinstance(self.noise, Noise), f"noise must be a Noise; got {self.noise!r}")
+
+    @classmethod
+    def from_plain(cls, options: Mapping[str, Any]) -> "Execution":
+        """The execution that plain data describe, noise being a dict in it."""
+        return cls(**{**options, "noise": Noise(**options.get("noise", {}))})
 
     @property
     def is_exact(self) -> bool:
@@ -140,7 +150,8 @@ def make_plan(
     if refusal:
         raise ValueError(f"{runner.name} cannot run this circuit ({refusal}); use another device or encoding")
     if for_states and not (execution.is_exact and runner.gives_states):
-        raise ValueError(f"the overlap score reads states, and {runner.name} gives none; use the folded executor")
+        none = f"{runner.name} gives none" + ("" if execution.is_exact else " with shots or noise")
+        raise ValueError(f"the overlap score reads states, and {none}; use the folded executor")
     if execution.diff_method == "auto":
         method, why = _fastest(execution, runner, tapes)
     else:
@@ -169,7 +180,8 @@ def open_runner(execution: Execution, num_wires: int, index: int = 0, meter: Met
         num_wires + (execution.diff_method == "hadamard"),
         execution.device_options,
         execution.shots,
-        None if execution.shots is None else (execution.seed * 1_000_003 + index) % 2**31,
+        # without shots too: a device without a seed draws one from NumPy's global generator
+        (execution.seed * 1_000_003 + index) % 2**31,
         meter or make_meter(execution),
         execution.retries,
     )
@@ -192,6 +204,9 @@ def why_not(method: str, execution: Execution, runner: Runner, tapes: Tapes) -> 
         return f"{runner.name} has no {method}; use {' or '.join([*others, 'parameter-shift'])}"
     if method == "adjoint" and not runner.is_local:
         return f"adjoint needs a simulator on this machine, and {runner.name} is none; use parameter-shift"
+    lost = sorted(_LOST_BY_BACKPROP & {gate.name for gate in rotations(tapes)})
+    if method == "backprop" and runner.gives_channels and lost:
+        return f"backprop on {runner.name} loses the gradient of {lost[0]}; use parameter-shift"
     try:
         if method == "parameter-shift":
             for gate in rotations(tapes):
@@ -208,13 +223,17 @@ def why_not(method: str, execution: Execution, runner: Runner, tapes: Tapes) -> 
 
 
 def _why_not_adjoint(runner: Runner, tapes: Tapes) -> str | None:
+    instead = "use backprop or parameter-shift" if runner.differentiates("backprop") else "use parameter-shift"
+    for gate in rotations(tapes):  # without a generator its gradient would be an error, or silently 0
+        if not operation(gate, 0.3).has_generator:
+            return f"adjoint cannot differentiate {gate.name}, which has no generator; {instead}"
     job = tapes.example()
     (tape,) = tapes.of_observables(job, tapes.hamiltonians(0, np.ones((1, len(tapes.places[0])))))
     columns = range(len(rotations(tapes)))
     tapes.trainable([tape], columns)
     gate = runner.survives_adjoint(tape)
     if gate is not None:
-        return f"adjoint on {runner.name} has no gate {gate}; use backprop or parameter-shift"
+        return f"adjoint on {runner.name} has no gate {gate}; {instead}"
     return None
 
 

@@ -14,15 +14,15 @@ import pennylane as qml
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pennylane_qattn import gradients
 from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.counting import inference_executions, training_executions
 from pennylane_qattn.devices import MAX_AMPLITUDES, Meter
 from pennylane_qattn.executor import Executor
-from pennylane_qattn.gradients import JACOBIANS, rotations
+from pennylane_qattn.gradients import JACOBIANS
 from pennylane_qattn.observables import to_pennylane, word_action
-from pennylane_qattn.planning import Execution, Plan, make_plan, open_runner
+from pennylane_qattn.planning import Execution, make_plan, open_runner
 from pennylane_qattn.tapes import Job, Tapes, encoding_angles
 from pennylane_qattn.transforms import is_transformed
 
@@ -49,7 +49,7 @@ class QNodeExecutor(Executor):
         meter: Meter | None = None,
     ):
         super().__init__(circuits)
-        self.execution = execution
+        self.execution, self._for_states = execution, for_states
         self.runner = open_runner(execution, self.circuits[0].num_wires, index, meter)
         self.meter = self.runner.meter
         self.plan = make_plan(execution, self.circuits, self.runner, for_states)
@@ -66,9 +66,21 @@ class QNodeExecutor(Executor):
         """Nothing: devices compute in their own precision, complex128 unless told otherwise."""
 
     def count(self, tokens: int, training: bool) -> int:
-        return tokens * sum(
-            count_executions(self.plan, self.tapes, head, training, self.jacobian) for head in range(len(self.circuits))
-        )
+        sampling, states = self.execution.shots is not None, self.plan.input_gradient == "state"
+        total = 0
+        for circuit in self.circuits:
+            if training:
+                total += training_executions(
+                    circuit,
+                    self.plan.diff_method,
+                    sampling=sampling,
+                    gives_states=states or self._for_states,
+                    for_states=self._for_states,
+                    options=self.execution.gradient_options,
+                ).total
+            else:
+                total += inference_executions(circuit, sampling)
+        return tokens * total
 
     def expectations(
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
@@ -97,7 +109,7 @@ class QNodeExecutor(Executor):
                     angles = angles.expand(len(encoded), -1)
                 if inputs.ndim == 1:
                     encoded, angles = encoded[0], angles[0]
-                elif len(angles) == 1:
+                elif not self.runner.gives_channels:
                     angles = angles[0]
                 prepared = (None, encoded) if self.tapes.encoding.uses_gates else (self._state(encoded), None)
                 operations = self.tapes.operations(*prepared, angles)
@@ -136,6 +148,7 @@ class QNodeExecutor(Executor):
         """All tapes of all jobs in one call; broadcast jobs in parts that fit in memory."""
         broadcast = self.runner.broadcasts
         size = 4**self.tapes.num_wires if self.runner.gives_channels else 2**self.tapes.num_wires
+        size = max(size, (self.execution.shots or 0) * self.tapes.num_wires)  # every bit of every shot is kept
         most = max(1, MAX_AMPLITUDES // size) if broadcast else None
         parts = [
             [job[first : first + most] for first in range(0, job.size, most)] if most and job.size else [job]
@@ -265,10 +278,11 @@ class _Expectations(torch.autograd.Function):
         return torch.from_numpy(stacked).to(encoded.device, torch.promote_types(*ctx.dtypes))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor):
+        _refuse_second_derivatives(ctx.engine)
         cotangents = list(upstream.detach().to("cpu", torch.float64).numpy())
-        by_input, by_angle = _vjp(ctx, ctx.engine, cotangents)
+        with np.errstate(invalid="ignore"):  # an infinite loss has NaN gradients, which are the trainer's to see
+            by_input, by_angle = _vjp(ctx, ctx.engine, cotangents)
         return None, *_as_gradients(ctx, upstream.device, by_input, by_angle)
 
 
@@ -327,22 +341,32 @@ class _States(torch.autograd.Function):
         return torch.from_numpy(packed).to(encoded.device, torch.promote_types(*ctx.dtypes))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor):
+        _refuse_second_derivatives(ctx.engine)
         engine, entries = ctx.engine, ctx.entries[-1]
+        _, input_wanted, angles_wanted = ctx.needs_input_grad
         encoded = entries if engine.tapes.encoding.uses_gates else 0
         tokens = [job[place] for job, place in zip(ctx.jobs, ctx.places, strict=True)]
         halves = upstream.detach().to("cpu", torch.float64).unflatten(-1, (2, -1)).numpy()
         loads = list(halves[:, :, 0] + 1j * halves[:, :, 1])
-        columns = list(range(encoded + tokens[0].angles.shape[-1]))
-        products = gradients.state_shifts(engine, tokens, loads, columns)
-        by_angle = [product[:, encoded:].sum(0) for product in products]
-        if encoded:
-            by_input = [product[:, :encoded] for product in products]
-        else:
+        taken = encoded if input_wanted else 0
+        last = encoded + (tokens[0].angles.shape[-1] if angles_wanted else 0)
+        products = gradients.state_shifts(engine, tokens, loads, [*range(taken), *range(encoded, last)])
+        by_angle = [product[:, taken:].sum(0) for product in products]
+        by_input = [product[:, :taken] for product in products]
+        if input_wanted and not encoded:
             phases = engine._phases(entries).conj()
-            by_input = [(phases * v[:, :entries]).real for v in gradients.backwards(engine, tokens, loads)]
+            with np.errstate(invalid="ignore"):
+                by_input = [(phases * v[:, :entries]).real for v in gradients.backwards(engine, tokens, loads)]
         return None, *_as_gradients(ctx, upstream.device, by_input, by_angle)
+
+
+def _refuse_second_derivatives(engine: QNodeExecutor) -> None:
+    if torch.is_grad_enabled():  # somebody wants to differentiate the gradient; a part of it would be left out
+        raise RuntimeError(
+            f"circuits on devices have first derivatives only by {engine.plan.diff_method}; use executor folded, or "
+            "default.qubit with backprop"
+        )
 
 
 def _as_gradients(ctx, device: torch.device, by_input: list, by_angle: list) -> tuple[Tensor | None, Tensor | None]:
@@ -362,26 +386,6 @@ def _summed(cotangent: np.ndarray, place: np.ndarray, size: int) -> np.ndarray:
     """Cotangents of equal inputs added up."""
     total = np.zeros((size, cotangent.shape[-1]))
     np.add.at(total, place, cotangent)
-    return total
-
-
-def count_executions(
-    plan: Plan, tapes: Tapes, head: int, training: bool, jacobian: gradients.Jacobian | None = None
-) -> int:
-    """Executions of a head's circuit for one token; in training with gradients by the inputs and by the angles."""
-    settings = tapes.tapes_per_circuit(head)
-    if not training or plan.diff_method == "backprop":
-        return settings
-    total = settings
-    gates = rotations(tapes)
-    if jacobian is None:  # adjoint: one sweep
-        total += 1 if gates else 0
-    else:
-        total += jacobian.executions(gates, settings)
-    if plan.input_gradient == "state":
-        total += 1
-    elif plan.input_gradient == "polarisation":
-        total += 2 * tapes.encoding.num_amplitudes(tapes.num_features) * settings
     return total
 
 

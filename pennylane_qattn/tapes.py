@@ -119,7 +119,7 @@ class Tapes:
         z = qml.expval(qml.Z(self.num_wires - 1))
         return [QuantumScript([*start, *gates], [z, qml.state()]) for start in self._starts(job, broadcast)]
 
-    def gathered(self, job: Job, results: Sequence[tuple[np.ndarray, ...]], broadcast: bool) -> np.ndarray:
+    def gathered(self, job: Job, results: Sequence[Sequence[Any]], broadcast: bool) -> np.ndarray:
         """The words `(inputs, words)` from what the tapes of `expectations` (or `with_states`) measured."""
         distinct = len(self.words[job.head])
         values = np.empty((job.size, distinct))
@@ -180,7 +180,7 @@ class Tapes:
             return weights.new_zeros(len(weights), 0)
         return self.program.angles(weights)[:, self._angle_of]
 
-    def _ansatz(self, angles: np.ndarray) -> list[Operator]:
+    def _ansatz(self, angles: Any) -> list[Operator]:
         return [operation(gate, None if gate.angle is None else angles[..., gate.angle]) for gate in self.gates]
 
     def operations(self, states: Any, encoding: Any, angles: Any) -> list[Operator]:
@@ -226,7 +226,7 @@ class Tapes:
         return turn, [qml.expval(to_pennylane(word, self.wires)) for word in signs]
 
 
-def operation(gate: Gate, angle: np.ndarray | float | None) -> Operator:
+def operation(gate: Gate, angle: Any) -> Operator:
     """A traced gate as a PennyLane operation."""
     wires = list(gate.wires)
     if angle is None:
