@@ -264,7 +264,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING or "run" not in checkpoint:
             return
         self._restored = checkpoint["run"]
-        self._saved_step = checkpoint["global_step"] if self.last_model_path else -1  # another run's: begin a folder
+        is_own = Path(trainer.ckpt_path).resolve().parent == self.folder.resolve() and self.last_model_path
+        self._saved_step = checkpoint["global_step"] if is_own else -1  # another run's: begin a folder
         if found := first_difference(self._restored["trainer"], _settings(trainer), "trainer"):
             raise ValueError(f"cannot continue exactly: {found}; use the trainer options that the run began with")
 

@@ -71,6 +71,17 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     return content
 
 
+def read_state(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """As `read_checkpoint`, of a checkpoint that training can go on from."""
+    content = read_checkpoint(path, map_location)
+    if not {"optimizer_states", "loops", "global_step", "pytorch-lightning_version"} <= content.keys():
+        raise ValueError(
+            f"{str(path)!r} holds a model and not the state of its training, so training cannot go on from it; give a "
+            "last.ckpt or best.ckpt that qattn fit wrote"
+        )
+    return content
+
+
 def resolve(path: str | os.PathLike[str]) -> Path:
     """The file that a path means: itself, or for the folder of a run its best checkpoint, else its last one."""
     path = Path(path).expanduser()

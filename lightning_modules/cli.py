@@ -8,6 +8,8 @@ stderr; with QATTN_DEBUG=1 in the environment its traceback comes first.
 """
 
 import argparse
+import difflib
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -18,6 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+
+from lightning_modules.execution_options import add_execution_options, execution_of
 
 #: What qattn answers for mistakes of the user.
 BAD_INPUT, FAILURE = 2, 1
@@ -61,6 +65,36 @@ COMMANDS: dict[str, Command] = {
         "lightning_modules.experiment:compare",
         "train the same model with several attentions, and report on them side by side",
         "qattn compare --config configs/quickstart.yaml",
+    ),
+    "cross-check": Command(
+        "lightning_modules.cross_check:cross_check",
+        "run a trained model on devices beside its folded self: losses, cross-entropy, gradients",
+        "qattn cross-check --checkpoint runs/quickstart/qisa",
+    ),
+    "noise-sweep": Command(
+        "lightning_modules.noise_sweep:noise_sweep",
+        "evaluate a checkpoint with finite shots and with noise, and draw what they do",
+        "qattn noise-sweep --checkpoint runs/qisa-16 --output runs/noise-sweep",
+    ),
+    "draw": Command(
+        "lightning_modules.circuit_commands:draw",
+        "draw a circuit of a checkpoint or a preset, as text and as a picture",
+        "qattn draw --preset qisa-16 --attention qisa --output circuit.png",
+    ),
+    "resources": Command(
+        "lightning_modules.circuit_commands:resources",
+        "count qubits, gates, settings, executions and shots of a checkpoint or a preset",
+        "qattn resources --preset gpt1 --attention qisa",
+    ),
+    "devices": Command(
+        "lightning_modules.device_table:devices",
+        "list devices and methods: which work for which circuits, why not, and what auto picks",
+        "qattn devices --try",
+    ),
+    "export-qasm": Command(
+        "lightning_modules.circuit_commands:export_qasm",
+        "write a trained circuit for one input as OpenQASM programs",
+        'qattn export-qasm --checkpoint runs/qisa-16 --text "To be" --output qasm',
     ),
 }
 
@@ -144,55 +178,62 @@ def _report(error: BaseException) -> int:
 
 
 def _is_bad_input(error: BaseException) -> bool:
-    kinds = (ValueError, argparse.ArgumentError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    kinds = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, (*kinds, PermissionError)) or type(error).__name__ == "MisconfigurationException"
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether its text alone says enough."""
+    return _is_bad_input(error) or type(error).__name__ == "ExecutionBudgetError"
+
+
+#: What to do about errors of the operating system.
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "check the path",
+    errno.EACCES: "choose another place",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+}
 
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror.lower()}" if error.filename else error.strerror.lower()
-    elif isinstance(error, argparse.ArgumentError):
-        text = _argument_error(text)
-    elif not isinstance(error, ValueError | FloatingPointError | SystemExit) and not _is_bad_input(error):
+        remedy = REMEDIES.get(error.errno)
+        text = error.strerror.lower() + (f"; {remedy}" if remedy else "")
+        text = f"{error.filename}: {text}" if error.filename else text
+    elif isinstance(error, UnicodeEncodeError):
+        character = error.object[error.start]
+        text = f"the output is {error.encoding}, which has no {character!a}; set PYTHONIOENCODING=utf-8"
+    elif not (isinstance(error, ValueError | FloatingPointError | SystemExit) or _is_told(error)):
         text = f"{type(error).__name__}: {text} (QATTN_DEBUG=1 shows where)"
     return " ".join(text.split())
 
 
-def _argument_error(text: str) -> str:
-    """The gist of a message of jsonargparse, whose own go over many lines."""
-    key = re.match(r'Parser key "([\w.]+)":\s*', text)
-    text = text[key.end() :] if key else text
-    given = re.search(r"(?:Given value|Got value): (.*)\s*$", text)
-    bullets = re.findall(r"^\s*- (.*(?:\n {6,}.*)*)", text, re.MULTILINE)  # why it is none of several types
-    reasons = bullets or [text]
-    wanted = [_type_name(m[1]) for reason in reasons if (m := re.match(r"Expected an? (.*?)(?:\. Got .*)?$", reason))]
-    others = [" ".join(reason.split()) for reason in reasons if not reason.startswith("Expected a")]
-    if others:
-        text = "; ".join(others)
-    elif wanted:
-        text = f"expected {' or '.join(wanted)}" + (f"; got {given[1]}" if given else "")
-    return f"{key[1]}: {text}" if key else text
-
-
-def _type_name(text: str) -> str:
-    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", text):
-        return f"one of {choices[1]}"
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
-    return {"NoneType": "null", "str": "text"}.get(text, text)
+def unknown_option(name: str, known: Sequence[str], prog: str) -> str:
+    """What is said of an option that a command does not have."""
+    meant = difflib.get_close_matches(name, known, 1)
+    return f"unknown option {name!r}; " + (f"did you mean {meant[0]!r}? " if meant else "") + f"see {prog} --help"
 
 
 # --- generate ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are ValueErrors."""
+
     def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: -*([^\s=]+)", message):
+            raise ValueError(unknown_option(unknown[1], [action.dest for action in self._actions], self.prog))
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def _generate_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="qattn generate",
         description="Lets a checkpoint write text, on stdout. Its vocabulary and sizes come from the checkpoint.",
         epilog=f"example: {COMMANDS['generate'].example}",
@@ -209,6 +250,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the random draws (default: %(default)s)")
     add("--num_samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
+    add_execution_options(parser)
     stream_help = "print each token as it comes (default: for a single text on a terminal)"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream_help)
     return parser
@@ -220,6 +262,8 @@ def generate(argv: list[str]) -> int:
     prompts = [*options.prompt, *_prompts_of(options.prompt_file)]
     if not prompts:
         raise ValueError('there is no prompt; give --prompt "TEXT" or --prompt_file F')
+    if "" in prompts:
+        raise ValueError(f"prompt {prompts.index('') + 1} is empty; give at least one token")
     if options.num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {options.num_samples}")
     prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
@@ -228,10 +272,13 @@ def generate(argv: list[str]) -> int:
         raise ValueError(f"only one text can be streamed; got {len(prompts)}, so leave --stream out")
 
     from lightning_modules.checkpoints import resolve
+    from lightning_modules.executions import explain
     from lightning_modules.language_model import LanguageModel
 
     device = _device(options.device)
     model = LanguageModel.load_from_checkpoint(resolve(options.checkpoint), map_location=device)
+    model.set_execution(execution_of(options))
+    explain(model)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     sampling = {name: getattr(options, name) for name in names}
     if stream:

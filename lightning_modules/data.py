@@ -278,19 +278,26 @@ class TextDataModule(L.LightningDataModule):
         cuts = _published_cuts(len(text)) if published_split else _cuts(len(text), *fractions)
         texts = {name: text[cut] for name, cut in cuts.items()}
         self.tokenizer = _build_tokenizer(tokenizer, text, texts["training"], bpe_vocab_size)
-        self.splits = {name: self._windows(name, text) for name, text in texts.items()}
+        tokens = {name: self._tokens(name, text) for name, text in texts.items()}
+        self._check_lengths({name: len(split) for name, split in tokens.items()})
+        self.splits = {name: self._windows(name, split) for name, split in tokens.items()}
 
-    def _windows(self, split: str, text: str) -> Windows:
+    def _tokens(self, split: str, text: str) -> Int[Tensor, " length"]:
         try:
-            tokens = torch.tensor(self.tokenizer.encode(text), dtype=torch.int32)
+            return torch.tensor(self.tokenizer.encode(text), dtype=torch.int32)
         except ValueError as error:
             raise ValueError(f"the {split} split of {self.corpus.name}: {error}") from None
-        if len(tokens) <= self.block_size:
+
+    def _check_lengths(self, lengths: dict[str, int]) -> None:
+        needed = self.block_size + 1
+        short = [f"{length} for {name}" for name, length in lengths.items() if length < needed]
+        if short:
             raise ValueError(
-                f"the {split} split of {self.corpus.name} has {len(tokens)} tokens, and a window needs "
-                f"block_size + 1 = {self.block_size + 1}; give a longer text, a larger fraction or a smaller "
-                "block_size"
+                f"{self.corpus.name} is too short: it has {', '.join(short)}, and a window needs block_size + 1 = "
+                f"{needed} tokens; give a longer text, a larger fraction or a smaller block_size"
             )
+
+    def _windows(self, split: str, tokens: Int[Tensor, " length"]) -> Windows:
         starts = torch.arange(0, len(tokens) - self.block_size, self.stride)
         if split != "training" and self.eval_windows is not None and self.eval_windows < len(starts):
             draws = np.random.default_rng((self.eval_seed, ("validation", "test").index(split)))

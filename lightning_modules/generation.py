@@ -93,7 +93,7 @@ def stream(
 
     Bad arguments raise at the call. Between steps the model is in the mode it was in, and gradients are on.
     """
-    texts = [_token_ids(prompt, row, model.config.vocab_size) for row, prompt in enumerate(prompts)]
+    texts = [_token_ids(prompt, number, model.config.vocab_size) for number, prompt in enumerate(prompts, 1)]
     if not texts:
         raise ValueError("there are no prompts; give at least one")
     if max_new_tokens < 0:
@@ -238,14 +238,14 @@ def _evaluation(model: GPT) -> Iterator[None]:
             module.training = True
 
 
-def _token_ids(prompt: Sequence[int], row: int, vocab_size: int) -> list[int]:
+def _token_ids(prompt: Sequence[int], number: int, vocab_size: int) -> list[int]:
     try:
         ids = [operator.index(token) for token in prompt]
     except TypeError:
-        raise ValueError(f"prompt {row} must be a list of token ids; got {prompt!r}") from None
+        raise ValueError(f"prompt {number} must be a list of token ids; got {prompt!r}") from None
     if not ids:
-        raise ValueError(f"prompt {row} is empty; give at least one token")
+        raise ValueError(f"prompt {number} is empty; give at least one token")
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise ValueError(f"prompt {row} holds the token {token}; the vocabulary is 0 to {vocab_size - 1}")
+            raise ValueError(f"prompt {number} holds the token {token}; the vocabulary is 0 to {vocab_size - 1}")
     return ids

@@ -34,7 +34,7 @@ def describe_bleu() -> str:
     return (
         "BLEU (0 to 1) is at corpus level (the counts of all windows are summed first), with n-grams of "
         "1 to 4 words, uniform weights, no smoothing, and words split at white space. Without a single "
-        "matching 4-gram it is 0: windows of three words, as 16 characters hold, can make it 0."
+        "matching 4-gram it is 0: windows of fewer than four words can make it 0."
     )
 
 

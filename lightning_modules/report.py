@@ -173,8 +173,8 @@ SERIES = ("#2a6fdb", "#e2662d", "#12996f", "#8b5cd6", "#c7386f", "#a8780a", "#0f
 FONT = {"font.family": "sans-serif", "font.size": 9.5, "svg.fonttype": "none", "axes.unicode_minus": False}
 
 
-def _axes(figure: Figure, x: str, y: str):
-    axes = figure.add_subplot()
+def _axes(figure: Figure, x: str, y: str, place: tuple[int, int, int] = (1, 1, 1)):
+    axes = figure.add_subplot(*place)
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set(color=INK, alpha=0.35)

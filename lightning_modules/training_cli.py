@@ -5,12 +5,14 @@ cross-entropy per position, tensorboard/ and checkpoints/.
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import platform
 import re
-import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,22 +22,34 @@ import lightning as L
 import pennylane
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules import checkpoints, cli
+from lightning_modules import arguments, checkpoints, cli
 from lightning_modules.callbacks import PlainProgress, RandomState, RichProgress, RunCheckpoint
-from lightning_modules.checkpoints import BEST, CHECKPOINTS, LAST, PlainCheckpointIO, first_difference, read_checkpoint
+from lightning_modules.checkpoints import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    PlainCheckpointIO,
+    first_difference,
+    read_checkpoint,
+    read_state,
+)
 from lightning_modules.data import TextDataModule
+from lightning_modules.executions import Executions, say
 from lightning_modules.files import atomic_write
 from lightning_modules.gpt import GPTConfig
-from lightning_modules.language_model import LanguageModel, model_config
+from lightning_modules.language_model import LanguageModel, model_config, planned_steps
 from lightning_modules.loggers import RunCSVLogger
 from lightning_modules.metrics import describe_bleu
-from pennylane_qattn import ATTENTION, Mechanism
+from lightning_modules.watching import MAPS, Watcher, watchers
+from pennylane_qattn import ATTENTION, Execution, Mechanism
 from pennylane_qattn.registry import Registry
 
 #: Length of a run that is given no other end.
@@ -51,15 +65,30 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 
-#: What a run leaves in its folder, and `--overwrite` removes.
+#: What a run leaves in its folder, and `--overwrite` replaces.
 RUN_FILES = (
     "config.yaml",
     "metrics.csv",
     "val_cross_entropy_per_position.csv",
     "tensorboard",
+    MAPS,
     f"{CHECKPOINTS}/{LAST}",
     f"{CHECKPOINTS}/{BEST}",
 )
+
+#: The least that these options may be; without a word, training would do nothing or Lightning divide by zero.
+LEAST = {
+    "seed_everything": 0,
+    "checkpoint_every": 1,
+    "early_stopping": 1,
+    "trainer.max_steps": 1,
+    "trainer.max_epochs": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.val_check_interval": 1e-9,
+    "trainer.check_val_every_n_epoch": 1,
+    "trainer.gradient_clip_val": 0,
+    "trainer.limit_train_batches": 1e-9,
+}
 
 #: Warnings of Lightning, torch and jsonargparse that are wrong or of no use here, by the beginning of their text.
 IRRELEVANT_WARNINGS = (
@@ -119,7 +148,8 @@ class TrainingCLI(LightningCLI):
             TextDataModule,
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={"prog": f"qattn {command}", "description": description, "exit_on_error": False},
+            parser_class=arguments.Parser,
+            parser_kwargs={"prog": f"qattn {command}", "description": description},
             args=argv,
             run=False,
             auto_configure_optimizers=False,
@@ -146,6 +176,12 @@ class TrainingCLI(LightningCLI):
         )
         add("--overwrite", "fit", "Replace the run that the folder holds.", action="store_true")
         add("--checkpoint_every", "fit", "Optimizer steps from one last.ckpt to the next.", type=int, default=200)
+        add(
+            "--watch",
+            "fit validate",
+            "What to log besides, any of gradients, entanglement, entropy, maps, with commas between.",
+            type=list[str] | str | None,
+        )
         add("--early_stopping", "fit", "Stop after so many validations without a lower val_loss.", type=int | None)
         add(
             "--output",
@@ -162,15 +198,36 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         args = list(_with_class_paths(args))
         if self.command == "fit":  # what `--model.attention.split true` without a mechanism means
-            self.config = parser.parse_args(["--model.attention", "pennylane_qattn.QISA", *args])
+            args = ["--model.attention", "pennylane_qattn.QISA", *args]
+        self.config = arguments.parse(parser, args)
+        self._check_options()
+        if self.command == "fit":
             return
-        self.config = parser.parse_args(args)
         if self.config.ckpt_path is None:
             raise ValueError(f"qattn {self.command} needs a checkpoint; give --ckpt_path F")
         self.saved = read_checkpoint(self.checkpoint, map_location="meta")
         # What the model was trained on is what it is evaluated on, unless told otherwise.
         parser.set_defaults({f"data.{name}": value for name, value in _data_options(self.saved.get("data")).items()})
-        self.config = parser.parse_args(args)
+        self.config = arguments.parse(parser, args)
+        self.described = arguments.parse(parser, args, defaults=False).get("model", Namespace())
+
+    def _check_options(self) -> None:
+        """Refuses values that parse and yet make no run."""
+        for name in ("run", "ckpt_path", "output"):
+            if self.config[name] == "":
+                raise ValueError(f"{name} is empty; give a name, or leave it out")
+        limit = {"validate": "val", "test": "test", "predict": "predict"}.get(self.command)
+        least = LEAST if limit is None else {"seed_everything": 0, f"trainer.limit_{limit}_batches": 1e-9}
+        for name, smallest in least.items():
+            value = self.config[name]
+            if not isinstance(value, int | float) or value >= smallest:
+                continue
+            rule = f"at least {smallest}" if isinstance(smallest, int) else "positive"
+            if name in ("trainer.max_steps", "trainer.max_epochs"):
+                if value == -1:
+                    continue
+                rule += ", or -1 for no limit"
+            raise ValueError(f"{name} must be {rule}; got {value}")
 
     @property
     def run_folder(self) -> Path:
@@ -211,10 +268,13 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit":
             config.run = config.run or self._run_name()
             self._prepare_folder()
-            block_size = _model_config(config.model, vocab_size=1).block_size
+            block_size = _model_config(config.model).block_size
         else:
+            if config.output is not None:
+                check_writable(Path(config.output).parent, "output")
             self.model = LanguageModel.load_from_checkpoint(self.checkpoint)
             self._check_described_model()
+            self.model.set_execution(Execution.from_plain(config.model.execution.as_dict()))
             block_size = self.model.gpt.config.block_size
         data = config.data
         if data.block_size is None:
@@ -229,16 +289,18 @@ class TrainingCLI(LightningCLI):
         """Finds the checkpoint to continue from, or makes sure that no other run is mixed with this one."""
         folder, checkpoint = self.run_folder, self.checkpoint
         if checkpoint is not None:
-            self.saved = read_checkpoint(checkpoint, map_location="meta")
+            self.saved = read_state(checkpoint, map_location="meta")
         if self.config.trainer.fast_dev_run:
             return
+        check_writable(folder, "trainer.default_root_dir")
         if self._continues():
             if self.config.overwrite:
                 raise ValueError("overwrite replaces the run and ckpt_path continues it; give one of them")
         elif not self.config.overwrite and any((folder / name).exists() for name in RUN_FILES):
+            remedy = "continue it with --ckpt_path last, " if (folder / CHECKPOINTS / LAST).is_file() else ""
             raise ValueError(
-                f"{str(folder)!r} holds a run already; continue it with --ckpt_path last, choose another name with "
-                "--run, or replace it with --overwrite"
+                f"{str(folder)!r} holds a run already; {remedy}choose another name with --run, or replace it with "
+                "--overwrite"
             )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -253,25 +315,23 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if self.command != "fit":
             self.config.data.tokenizer = self.model.tokenizer
-        self.config_init = self.parser.instantiate(self.config)
+        self.config_init = arguments.instantiate(self.parser, self.config)
         self.datamodule = self.config_init.data
         if self.command == "fit":
             self.model = self.config_init.model
+            if self.saved is not None:
+                self.model.on_load_checkpoint(self.saved)  # refuses another model's before anything is written
         self.trainer = self.instantiate_trainer()
 
     def _check_described_model(self) -> None:
         """Refuses a config that describes another model than the checkpoint's."""
-        given = self.config.model
-        if given == self.parser.get_defaults().model:
-            return
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--attention", type=Mechanism | str)
-        attention = parser.instantiate(Namespace(attention=given.attention)).attention
-        saved = self.model.to_plain()
-        described = {
-            "attention": ATTENTION.build(attention).to_plain(),
-            "gpt": _model_config(given, self.model.tokenizer.vocab_size).to_plain(),
-        }
+        given, saved = self.described, self.model.to_plain()
+        described = {"gpt": _model_config(given, self.model.gpt.config, self.model.gpt.config.vocab_size).to_plain()}
+        if "attention" in given:
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_argument("--attention", type=Mechanism | str)
+            attention = parser.instantiate(Namespace(attention=self.config.model.attention)).attention
+            described["attention"] = ATTENTION.build(attention).to_plain()
         if found := first_difference({kind: saved[kind] for kind in described}, described):
             raise ValueError(
                 f"the config describes another model than the checkpoint: {found}; leave the model's options out, as "
@@ -281,19 +341,23 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config_init.trainer
         callbacks = _listed(options.callbacks)
+        callbacks += watchers(self.config.watch, besides=callbacks)
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgress() if sys.stderr.isatty() else PlainProgress())
+        callbacks.append(Executions())
         if self.command != "fit":
-            return L.Trainer(**{**options, "callbacks": callbacks, "logger": False, **kwargs})
+            return _trainer(**{**options, "callbacks": callbacks, "logger": False, **kwargs})
+        for watcher in (c for c in callbacks if isinstance(c, Watcher)):
+            watcher.check(self.model)  # before anything is written
         callbacks += self._callbacks_of_a_run()
-        plugins = [*_listed(options.plugins), PlainCheckpointIO()]
+        plugins = [*_listed(options.plugins), _RunIO(self)]
         logger = self._loggers() if options.logger in (None, True) else options.logger
-        return L.Trainer(**{**options, "callbacks": callbacks, "plugins": plugins, "logger": logger, **kwargs})
+        return _trainer(**{**options, "callbacks": callbacks, "plugins": plugins, "logger": logger, **kwargs})
 
     def _callbacks_of_a_run(self) -> list[Callback]:
         config, folder = self.config, self.run_folder / CHECKPOINTS
         data = _data_options(config.data.as_dict())
-        callbacks = [_SaveConfig(self), RandomState(), RunCheckpoint(folder, config.checkpoint_every, data=data)]
+        callbacks = [RandomState(), RunCheckpoint(folder, config.checkpoint_every, data=data)]
         if config.early_stopping is not None:
             callbacks.append(EarlyStopping("val_loss", patience=config.early_stopping))
         return callbacks
@@ -318,19 +382,61 @@ class TrainingCLI(LightningCLI):
 
     def fit(self) -> None:
         """Trains, and leaves all that belongs to the run in its folder."""
-        trainer, config, folder = self.trainer, self.config, self.run_folder
-        if config.overwrite and not trainer.fast_dev_run:
-            _remove_run(folder)
+        trainer, folder, last = self.trainer, self.run_folder, self.run_folder / CHECKPOINTS / LAST
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        _say(f"{self.model.attention.name} GPT, {parameters:,} parameters, on {self.datamodule.corpus.name}: {folder}")
-        trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        say(f"{self.model.attention.name} GPT, {parameters:,} parameters, on {self.datamodule.corpus.name}: {folder}")
+        self._announce_schedule()
+        before = _stamp(last)
+        with self._unchanged_by_a_failed_start():
+            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         if trainer.fast_dev_run:
             return
-        if self.saved is not None and trainer.global_step == self.saved["global_step"]:
-            _say(f"nothing was left to do at step {trainer.global_step}; raise trainer.max_steps to train on")
-        saved = trainer.checkpoint_callback
+        saved, step = trainer.checkpoint_callback, trainer.global_step
+        if _stamp(last) == before and self.saved is None:
+            raise ValueError("the run ended before its first step; give it more time with trainer.max_time")
+        if self.saved is not None and step == self.saved["global_step"]:
+            say(f"nothing was left to do at step {step}; raise trainer.max_steps to train on")
         if saved.best_model_path:
-            _say(f"step {trainer.global_step}, lowest val_loss {saved.best_score:.4f}: {saved.best_model_path}")
+            say(f"step {step}, lowest val_loss {saved.best_score:.4f}: {saved.best_model_path}")
+        elif saved.last_model_path:
+            say(f"step {step}, without a validation that found a best checkpoint: {saved.last_model_path}")
+
+    def _announce_schedule(self) -> None:
+        """Says so where a continued run keeps a schedule that ends elsewhere than the run."""
+        options = self.model.optimisation
+        if self.saved is None or options.schedule == "constant" or options.schedule_steps is not None:
+            return
+        end = self.saved.get("schedule_steps")
+        if end is not None and end != planned_steps(self.trainer, self.datamodule.train_dataloader):
+            say(f"the cosine schedule still ends at step {end}, as when the run began")
+
+    @contextlib.contextmanager
+    def _unchanged_by_a_failed_start(self) -> Iterator[None]:
+        """Takes away what a run leaves that ends before its first step or checkpoint, so that it can be begun again."""
+        folder, last = self.run_folder, self.run_folder / CHECKPOINTS / LAST
+        self._files_before, stamp = set(_files_of_run(folder)), _stamp(last)
+        step = self.saved["global_step"] if self.saved else 0
+        folders = (*(folder / name for name in RUN_FILES), last.parent, folder, *folder.parents)
+        missing = [path for path in folders if not path.exists()]
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(folder)
+            raise
+        finally:
+            if self.trainer.is_global_zero and self.trainer.global_step <= step and _stamp(last) == stamp:
+                for path in set(_files_of_run(folder)) - self._files_before:
+                    path.unlink(missing_ok=True)
+                for path in missing:
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+
+    def begin(self) -> None:
+        """At the first checkpoint: the run takes the place of the one that it overwrites."""
+        if self.config.overwrite:
+            for path in self._files_before - {self.run_folder / CHECKPOINTS / LAST}:
+                path.unlink(missing_ok=True)
+        self.save_config()
 
     def save_config(self) -> None:
         """Writes config.yaml: all options, so that `--config` with it makes the same run again."""
@@ -355,6 +461,8 @@ class TrainingCLI(LightningCLI):
         """Prints the metrics of the validation or test text."""
         run = self.trainer.validate if self.command == "validate" else self.trainer.test
         (metrics,) = run(self.model, datamodule=self.datamodule, verbose=False)
+        if not self.trainer.is_global_zero:
+            return
         table = Table("metric", "value")
         for name, value in metrics.items():
             table.add_row(name, f"{value:.4f}")
@@ -378,22 +486,39 @@ class TrainingCLI(LightningCLI):
             file.writelines(f"{line}\n" for line in lines)
 
 
-class _SaveConfig(Callback):
-    """Writes the config when training starts, so not for a run that cannot be continued."""
+class _RunIO(PlainCheckpointIO):
+    """Tells the run of its first `last.ckpt`. Until then the folder is that of the run before, and can stay so."""
 
     def __init__(self, cli: TrainingCLI):
-        self._cli = cli
+        super().__init__()
+        self._cli, self._has_begun = cli, False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._cli.save_config()
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        super().save_checkpoint(checkpoint, path, storage_options)
+        if not self._has_begun and Path(path) == self._cli.run_folder / CHECKPOINTS / LAST:
+            self._has_begun = True
+            self._cli.begin()
 
 
-def _model_config(given: Namespace, vocab_size: int) -> GPTConfig:
-    """The config of the GPT that the options of `LanguageModel` describe."""
-    preset = given.preset if isinstance(given.preset, str) else GPTConfig(**given.preset.as_dict())
+def _trainer(**options: Any) -> L.Trainer:
+    try:
+        return L.Trainer(**options)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        if not re.search("accelerator|device|backend", str(error)):
+            raise
+        given = ", ".join(f"trainer.{name} is {options[name]!r}" for name in ("accelerator", "devices"))
+        here = ", ".join(name for name, kind in AcceleratorRegistry.items() if kind["accelerator"].is_available())
+        raise ValueError(f"{error} ({given}; accelerators here: {here})") from error
+
+
+def _model_config(given: Namespace, preset: GPTConfig | None = None, vocab_size: int | None = None) -> GPTConfig:
+    """The config of the GPT that options of `LanguageModel` describe, from that preset unless they name one."""
+    preset = given.get("preset", preset)
+    preset = GPTConfig(**preset.as_dict()) if isinstance(preset, Namespace) else preset
     names = ("num_layers", "num_heads", "embed_dim", "block_size", "dropout")
-    return model_config(preset, vocab_size=vocab_size, **{name: given[name] for name in names})
+    return model_config(preset, vocab_size=vocab_size, **{name: given.get(name) for name in names})
 
 
 def _data_options(options: Any) -> dict[str, Any]:
@@ -404,13 +529,30 @@ def _data_options(options: Any) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in ("tokenizer", "block_size")}
 
 
-def _remove_run(folder: Path) -> None:
+def _files_of_run(folder: Path) -> Iterator[Path]:
     for name in RUN_FILES:
         path = folder / name
         if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+            yield from (inner for inner in path.rglob("*") if not inner.is_dir())
+        elif path.exists():
+            yield path
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes whenever the file is written; files are replaced as a whole."""
+    status = path.stat() if path.exists() else None
+    return status and (status.st_ino, status.st_mtime_ns)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuses a folder in which nothing can be made, before any work is done for it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {str(folder)!r}: {there}: {error.strerror.lower()}; choose another one with --{option}"
+        ) from None
 
 
 def _with_class_paths(args: list[str]) -> Iterator[str]:
@@ -435,7 +577,3 @@ def _class_path(option: str, value: str) -> str:
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _say(text: str) -> None:
-    print(f"qattn: {text}", file=sys.stderr)

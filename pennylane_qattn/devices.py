@@ -115,7 +115,7 @@ class Meter:
         if self.limit is not None and self.executions + wanted > self.limit:
             raise ExecutionBudgetError(
                 f"max_executions is {self.limit:,} and {self.executions:,} are done; the next call to {device} needs "
-                f"{wanted:,} more"
+                f"{wanted:,} more; raise max_executions to go on"
             )
         self.executions += wanted
 

@@ -60,8 +60,9 @@ def set_execution(module: nn.Module, execution: Execution | str) -> list[Plan]:
 
     maps = [part for part in module.modules() if isinstance(part, CircuitFeatureMap)]
     meter = make_meter(as_execution(execution))
-    for index, part in enumerate(maps):
-        part.set_execution(execution, index, meter)
+    made = [part.make_executor(execution, index, meter) for index, part in enumerate(maps)]  # all of them, or none
+    for index, (part, executor) in enumerate(zip(maps, made, strict=True)):
+        part.use(executor, execution, index)
     return [part.executor.plan for part in maps]
 
 

@@ -5,6 +5,7 @@ A mechanism is a description and a factory: `mechanism(embed_dim, num_heads, blo
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from pennylane_qattn.ansatz import ANSATZE, Ansatz
@@ -50,6 +51,9 @@ class Mechanism(Description, ABC):
 
     def __call__(self, embed_dim: int, num_heads: int, block_size: int, layer: int = 0) -> Attention:
         """Builds the attention of one layer; `layer` sets the random draws of layers apart."""
+        for size, value in (("embed_dim", embed_dim), ("num_heads", num_heads), ("block_size", block_size)):
+            if not isinstance(value, Integral):
+                raise ValueError(f"{size} must be an integer; got {value!r}")
         if embed_dim < 1 or num_heads < 1:
             raise ValueError(f"embed_dim and num_heads must be at least 1; got {embed_dim} and {num_heads}")
         head_dim = self.head_dim

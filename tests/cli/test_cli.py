@@ -1,6 +1,5 @@
 """The command itself: its help, its errors, and what it imports."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -72,15 +71,24 @@ class MisconfigurationException(Exception):
     ("error", "status", "line"),
     [
         (ValueError("two\nlines"), 2, "two lines"),
-        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "a.txt: no such file or directory"),
-        (PermissionError(13, "Permission denied", "a/b"), 2, "a/b: permission denied"),
-        (OSError(28, "No space left on device"), 1, "no space left on device"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.txt"),
+            2,
+            "a.txt: no such file or directory; check the path",
+        ),
+        (PermissionError(13, "Permission denied", "a/b"), 2, "a/b: permission denied; choose another place"),
+        (OSError(28, "No space left on device", "a/b"), 1, "a/b: no space left on device; make room there"),
+        (OSError(5, "Input/output error"), 1, "input/output error"),
+        (
+            UnicodeEncodeError("ascii", "naïf", 2, 3, "x"),
+            2,
+            "the output is ascii, which has no '\\xef'; set PYTHONIOENCODING=utf-8",
+        ),
         (FloatingPointError("the loss is nan at step 3"), 1, "the loss is nan at step 3"),
         (MisconfigurationException("no such thing"), 2, "no such thing"),
         (KeyError("x"), 1, "KeyError: 'x' (QATTN_DEBUG=1 shows where)"),
         (RuntimeError("out of\n  memory"), 1, "RuntimeError: out of memory (QATTN_DEBUG=1 shows where)"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-        (argparse.ArgumentError(None, "unrecognized arguments: --x"), 2, "unrecognized arguments: --x"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, refused, error, status, line):
@@ -113,31 +121,3 @@ def test_a_closed_pipe_is_no_error():
     for _ in range(3):  # who is first is chance
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
         assert done.stdout.strip() in ("0", "141") and "Traceback" not in done.stderr
-
-
-# Messages of jsonargparse 4.53, shortened.
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        (
-            'Parser key "model.block_size":\n  Does not validate against any of the Union subtypes\n'
-            "  Subtypes: [<class 'int'>, <class 'NoneType'>]\n  Errors:\n    - Expected a <class 'int'>\n"
-            "    - Expected a <class 'NoneType'>\n  Given value type: <class 'str'>\n  Given value: x",
-            "model.block_size: expected int or null; got x",
-        ),
-        (
-            "Parser key \"model.schedule\":\n  Expected a typing.Literal['constant', 'cosine']. Got value: linear",
-            "model.schedule: expected one of 'constant', 'cosine'; got linear",
-        ),
-        (
-            'Parser key "model.attention":\n  Does not validate against any of the Union subtypes\n'
-            "  Subtypes: [<class 'Mechanism'>, <class 'str'>]\n  Errors:\n"
-            "    - Problem with given class_path 'pennylane_qattn.QISA':\n        Option 'foo' is not accepted\n"
-            "    - Expected a <class 'str'>\n  Given value type: <class 'NestedArg'>\n  Given value: foo",
-            "model.attention: Problem with given class_path 'pennylane_qattn.QISA': Option 'foo' is not accepted",
-        ),
-        ("Group 'model' does not accept option 'x'", "Group 'model' does not accept option 'x'"),
-    ],
-)
-def test_gist_of_a_message_of_the_parser(text, line):
-    assert cli.one_line(argparse.ArgumentError(None, text)) == line

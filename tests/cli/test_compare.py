@@ -64,17 +64,48 @@ def test_seeds_and_continuing(config, tmp_path, capsys):
     assert losses(again) == losses(json.loads(results)) and len(set(losses(again))) == 2
 
 
+def trainer(**options):
+    return {**FIT, "trainer": {**FIT["trainer"], **options}}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mechanisms": {}}, "there is nothing to compare"),
         ({"mechanisms": {"a/b": "qisa"}}, "is a folder's name; got 'a/b'"),
-        ({"mechanisms": {"a": "foo"}}, "unknown attention 'foo'"),
-        ({"mechanisms": {"a": 3}}, "is a name or has a class_path; got 3"),
+        ({"mechanisms": {"..": "qisa"}}, "is a folder's name; got '..'"),
+        ({"mechanisms": {"classical": "classical", "a": "foo"}}, "unknown attention 'foo'"),
+        ({"mechanisms": {"classical": "classical", "a": 3}}, "is a name or has a class_path, with init_args or"),
+        ({"mechanisms": {"classical": "classical", "a": {"class_path": "foo"}}}, "model.attention: expected a class"),
         ({"fit": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"fit": trainer(max_steps=0)}, "trainer.max_steps must be at least 1"),
+        ({"fit": trainer(val_check_interval=5)}, "a run of 4 steps would not be validated and have no best checkpoint"),
+        ({"fit": trainer(limit_val_batches=0)}, "raise limit_val_batches (0), or give evaluate: last"),
+        ({"fit": trainer(val_check_interval=1.0, check_val_every_n_epoch=2)}, "lower val_check_interval (1.0) or"),
+        ({"fit": trainer(fast_dev_run=True)}, "fast_dev_run leaves no checkpoint"),
+        ({"seeds": [0, 0]}, "no two may be the same; got [0, 0]"),
+        ({"seeds": [-3]}, "seed_everything must be at least 0; got -3"),
+        ({"temperature": -1.0}, "temperature must be 0 (greedy) or positive and finite; got -1.0"),
+        ({"sample_length": -1}, "sample_length must be at least 1; got -1"),
+        ({"prompt": ""}, "prompt is empty; give at least one token"),
+        ({"prompt": "\u20ac"}, "prompt: character '\u20ac' at position 0 is outside the vocabulary"),
+        ({"sentence": "a\u20ac"}, "sentence: character '\u20ac' at position 1 is outside the vocabulary"),
+        ({"sentence": ""}, "sentence is empty; give at least one token"),
+        ({"output": "comparison.yaml"}, "cannot write to 'comparison.yaml'"),
     ],
 )
-def test_bad_input(config, options, message, capsys):
-    assert main(["compare", "--config", config(**options)]) == 2
+def test_bad_input_is_seen_before_anything_is_trained(config, options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = tmp_path / "out" / "classical" / "checkpoints" / "last.ckpt"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"an old run")
+    assert main(["compare", "--config", config(**options), "--overwrite", "true"]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("qattn: error: ") and message in errors[0]
+    assert old.read_bytes() == b"an old run"
+
+
+def test_the_last_checkpoint_needs_no_validation(config, tmp_path, capsys):
+    fit = trainer(limit_val_batches=0, logger=False)
+    assert main(["compare", "--config", config(mechanisms={"a": "classical"}, fit=fit, evaluate="last")]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["causal"] is True

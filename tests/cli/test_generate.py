@@ -60,9 +60,10 @@ def test_many_prompts_and_samples(say, model, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--prompt", "abx"], "character 'x' at position 2 is outside the vocabulary"),
-        (["--prompt", ""], "prompt"),
+        (["--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", "a", "--prompt", "", "--num_samples", "3"], "prompt 2 is empty; give at least one token"),
         ([], "there is no prompt"),
-        (["--prompt_file", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--prompt_file", "nowhere.txt"], "nowhere.txt: no such file or directory; check the path"),
         (["--prompt", "a", "--max_new_tokens", "x"], "max_new_tokens"),
         (["--prompt", "a", "--max_new_tokens", "-1"], "max_new_tokens must not be negative"),
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
@@ -72,7 +73,7 @@ def test_many_prompts_and_samples(say, model, tmp_path, monkeypatch):
         (["--prompt", "a", "--prompt", "b", "--stream"], "only one text can be streamed"),
         (["--prompt", "a", "--device", "abacus"], "unknown device 'abacus'; choose from cpu, cuda, mps"),
         (["--prompt", "a", "--device", "meta"], "unknown device 'meta'; choose from cpu, cuda, mps"),
-        (["--prompt", "a", "--nope"], "--nope"),
+        (["--prompt", "a", "--nope"], "unknown option 'nope'; see qattn generate --help"),
     ],
 )
 def test_bad_input(refused, checkpoint, options, message):

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules import cli, training_cli
 from lightning_modules.checkpoints import read_checkpoint
@@ -92,17 +94,20 @@ class Stop(Exception):
     pass
 
 
+def fails(*args, **kwargs):
+    raise Stop("once")
+
+
+def fails_at(number):
+    """A `training_step` that fails at that optimizer step."""
+    step = LanguageModel.training_step
+    return lambda model, *args: fails() if model.global_step == number else step(model, *args)
+
+
 def test_a_run_that_an_error_ended_goes_on(fit, refused, tiny, monkeypatch):
     assert fit("--run", "whole") == 0
-    step = LanguageModel.training_step
-
-    def fails(self, batch, batch_idx):
-        if self.global_step == 10:
-            raise Stop("once")
-        return step(self, batch, batch_idx)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "training_step", fails)
+        patch.setattr(LanguageModel, "training_step", fails_at(10))
         assert "Stop: once" in refused("fit", *tiny, "--run", "a", status=1)
     assert read_checkpoint(LAST)["global_step"] == 8
     assert fit("--run", "a", "--ckpt_path", "last") == 0
@@ -175,6 +180,90 @@ def test_a_folder_with_a_run_is_left_alone(fit, refused, tiny):
     assert [row["step"] for row in metrics("runs/a")] == ["0", "1", "2"]
 
 
+def contents(folder="runs"):
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_what_fails_before_its_first_checkpoint_leaves_the_folder_as_it_was(fit, refused, tiny, monkeypatch):
+    assert fit("--run", "a", "--trainer.max_steps", "5") == 0
+    content = read_checkpoint(LAST)
+    torch.save({"a": 1}, "foreign.ckpt")
+    torch.save({name: content[name] for name in ("state_dict", "hyper_parameters")}, "weights.ckpt")
+    torch.save(content, "full.ckpt")
+    before = contents()
+    replace, afresh, onwards = ["--run", "a", "--overwrite"], ["--run", "b"], ["--run", "a", "--ckpt_path", "last"]
+    for start in (replace, afresh):
+        line = refused("fit", *tiny, *start, "--ckpt_path", "foreign.ckpt")
+        assert "of another program" in line
+        line = refused("fit", *tiny, *start, "--ckpt_path", "weights.ckpt")
+        assert "'weights.ckpt' holds a model and not the state of its training" in line
+        line = refused("fit", *tiny, *start, "--ckpt_path", "full.ckpt", "--model.learning_rate", "1")
+        assert "learning_rate is 0.003 in the checkpoint and 1.0 here" in line
+        assert "max_steps must be at least 1" in refused("fit", *tiny, *start, "--trainer.max_steps", "0")
+        line = refused("fit", *tiny, *start, "--trainer.max_time", "00:00:00:00")
+        assert "ended before its first step; give it more time with trainer.max_time" in line
+        assert contents() == before
+    later = ["--trainer.max_steps", "9"]
+    for target, name in ((LanguageModel, "configure_optimizers"), (LanguageModel, "on_train_start"), (torch, "save")):
+        for start in (replace, afresh) if target is torch else (replace, afresh, onwards):
+            with monkeypatch.context() as patch:
+                patch.setattr(target, name, fails)
+                assert "Stop: once" in refused("fit", *tiny, *start, *later, status=1)
+            assert contents() == before and not Path("runs/b").exists()
+    assert fit(*onwards, "--trainer.max_steps", "5") == 0  # nothing to do
+    assert contents() == before
+    monkeypatch.setattr(LanguageModel, "training_step", fails_at(6))
+    assert "Stop: once" in refused("fit", *tiny, *onwards, *later, status=1)
+    assert len(contents("runs/a/tensorboard")) == len(before.keys() & contents("runs/a/tensorboard").keys()) + 1
+
+
+def test_overwriting_with_a_run_that_goes_on_from_another_one(fit, refused, tiny, monkeypatch):
+    constant = ["--model.schedule", "constant", "--checkpoint_every", "100"]
+    assert fit("--run", "b", *constant, "--trainer.max_steps", "6") == fit("--run", "a", *constant) == 0
+    monkeypatch.setattr(LanguageModel, "training_step", fails_at(7))
+    start = ["--run", "a", "--overwrite", "--ckpt_path", "runs/b/checkpoints/last.ckpt"]
+    assert "Stop" in refused("fit", *tiny, *constant, *start, status=1)
+    assert read_checkpoint(LAST)["global_step"] == 6 and not Path(BEST).exists()
+    assert [row["step"] for row in metrics("runs/a")] == ["6"]
+
+
+def test_a_run_without_validation_replaces_all_of_the_one_before(fit, capsys):
+    assert fit("--run", "a") == 0
+    before = contents()
+    capsys.readouterr()
+    assert fit("--run", "a", "--overwrite", "--trainer.limit_val_batches", "0") == 0
+    assert capsys.readouterr().err.endswith(f"step 15, without a validation that found a best checkpoint: {LAST}\n")
+    after = contents()
+    assert {path for path in after if "events" not in path} == {
+        *("runs/a/config.yaml", "runs/a/metrics.csv", "runs/a/tensorboard/hparams.yaml", LAST)
+    }
+    assert not {path for path in after if "events" in path} & before.keys()
+
+
+def test_advice_for_a_folder_without_a_checkpoint(refused, tiny, tmp_path):
+    (tmp_path / "runs" / "a" / "tensorboard").mkdir(parents=True)
+    line = refused("fit", *tiny, "--run", "a")
+    assert "--overwrite" in line and "--ckpt_path" not in line
+
+
+def test_a_longer_run_keeps_its_schedule(fit, capsys):
+    assert fit("--run", "a", "--trainer.max_steps", "6") == 0
+    capsys.readouterr()
+    assert fit("--run", "a", "--trainer.max_steps", "11", "--ckpt_path", "last") == 0
+    assert "qattn: the cosine schedule still ends at step 6, as when the run began\n" in capsys.readouterr().err
+    assert fit("--run", "whole", "--trainer.max_steps", "11", "--model.schedule_steps", "6") == 0
+    assert "schedule" not in capsys.readouterr().err
+    assert_same_weights(LAST, "runs/whole/checkpoints/last.ckpt")
+    rates = [float(row["learning_rate"]) for row in metrics("runs/a") if row["learning_rate"]]
+    assert len(rates) == 11 and rates[6:] == pytest.approx([3e-4] * 5)
+
+
+def test_one_process_speaks(fit, capsys, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    training_cli.say("five times")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_missing_last_is_an_error(refused, tiny):
     assert "there is no last checkpoint of the run 'runs/a'" in refused(
         "fit", *tiny, "--run", "a", "--ckpt_path", "last"
@@ -209,13 +298,25 @@ def test_a_dry_run_leaves_nothing(fit):
 
 def test_an_output_folder_that_cannot_be_written(refused, tiny, text_file):
     line = refused("fit", *tiny, "--trainer.default_root_dir", text_file)
-    assert "text.txt" in line and "director" in line
+    assert "text.txt: not a directory; choose another one with --trainer.default_root_dir" in line
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_output_folder(refused, tiny, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert "permission denied" in refused("fit", *tiny, "--trainer.default_root_dir", tmp_path / "locked")
+    assert "permission denied; choose another" in refused(
+        "fit", *tiny, "--trainer.default_root_dir", tmp_path / "locked"
+    )
+
+
+def test_a_read_only_file_system(refused, tiny, monkeypatch):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    line = refused("fit", *tiny, "--run", "a")
+    assert line.startswith("cannot write to 'runs/a': ") and line.endswith("with --trainer.default_root_dir")
+    assert "read-only file system" in line
 
 
 def test_a_disk_that_fills_during_a_checkpoint(fit, refused, tiny, monkeypatch):
@@ -229,7 +330,7 @@ def test_a_disk_that_fills_during_a_checkpoint(fit, refused, tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     line = refused("fit", *tiny, "--run", "a", "--ckpt_path", "last", status=1)
-    assert "no space left" in line and Path(LAST).read_bytes() == before
+    assert line == f"{LAST}: no space left on device; make room there" and Path(LAST).read_bytes() == before
     assert sorted(os.listdir("runs/a/checkpoints")) == ["best.ckpt", "last.ckpt"]
     monkeypatch.setattr(torch, "save", save)
 
@@ -307,12 +408,15 @@ def test_early_stopping_ends_a_run(fit):
     [
         (["--model.attention", "nope"], "unknown attention 'nope'; choose from classical, gaussian"),
         (["--model.attention", "nope", "--model.attention.split", "true"], "unknown attention 'nope'"),
-        (["--model.attention.hurry", "1"], "'hurry' is not accepted"),
+        (["--model.attention.hurry", "1"], "Classical has no option 'hurry'; see qattn fit --model.attention.help"),
+        (["--model.attention.dropout", "x"], "model.attention.dropout: expected float; got x"),
+        (["--model.attention", "qisa", "--model.attention.ansatz.layers", "2"], "say first which one, as in --model"),
+        (["--config", "class.yaml"], "unknown ansatz 'foo'; choose from basic-entangler"),
         (["--model.preset", "nope"], "unknown preset 'nope'; choose from gpt1, gpt1-tiny, qisa-128, qisa-16"),
         (["--model.num_heads", "3"], "embed_dim must be divisible by num_heads; got 4 and 3"),
         (["--model.block_size", "0"], "block_size must be an integer of at least 1; got 0"),
         (["--model.block_size", "five"], "model.block_size: expected int or null; got five"),
-        (["--model.block_size", "54"], "the validation split of text.txt has 54 tokens"),
+        (["--model.block_size", "54"], "text.txt is too short: it has 54 for validation, 54 for test"),
         (["--data.block_size", "6"], "data.block_size is 6 and the model's is 5"),
         (["--data.corpus", "nope"], "unknown corpus 'nope'"),
         (["--data.corpus", "empty.txt"], "is empty"),
@@ -320,11 +424,16 @@ def test_early_stopping_ends_a_run(fit):
         (["--data.tokenizer", "nope"], "unknown tokenizer 'nope'"),
         (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
         (["--trainer.precision", "12"], "trainer.precision: expected"),
-        (["--checkpoint_every", "0"], "every_n_train_steps must be at least 1"),
+        (["--trainer.accelerator", "cuda"], "accelerators here: cpu"),
+        (["--trainer.devices", "foo"], "trainer.devices is 'foo'; accelerators here: cpu"),
+        (["--seed_everything", "-3"], "seed_everything must be at least 0; got -3"),
+        (["--run", ""], "run is empty; give a name, or leave it out"),
+        *[([f"--{name}", "-2"], f"{name} must be ") for name in training_cli.LEAST],
+        *[([f"--{name}", "0"], f"{name} must be ") for name, least in training_cli.LEAST.items() if least],
         (["--config", "nope.yaml"], "File does not exist"),
         (["--config", "broken.yaml"], "config"),
-        (["--config", "wrong.yaml"], "does not accept option 'atention'"),
-        (["--nope", "1"], "unrecognized arguments: --nope 1"),
+        (["--config", "wrong.yaml"], "unknown option 'model.atention'; did you mean 'model.attention'?"),
+        (["--modle.attention", "qisa"], "unknown option 'modle.attention'; did you mean 'model.attention'?"),
         (["--ckpt_path", "nope.ckpt"], "no checkpoint 'nope.ckpt'"),
         (["--ckpt_path", "empty.txt"], "damaged"),
     ],
@@ -334,6 +443,9 @@ def test_bad_input(refused, tiny, tmp_path, options, message):
     (tmp_path / "latin.txt").write_bytes("naïf".encode("latin-1"))
     (tmp_path / "broken.yaml").write_text("model:\n  - [a: 3\n")
     (tmp_path / "wrong.yaml").write_text("model:\n  atention: 3\n")
+    (tmp_path / "class.yaml").write_text(
+        "model: {attention: {class_path: pennylane_qattn.QISA, init_args: {ansatz: foo}}}"
+    )
     assert message in refused("fit", *tiny, *options)
     assert not Path("runs").exists()
 
@@ -347,6 +459,16 @@ def test_bad_input_of_the_evaluations(fit, refused):
     )
     assert "outside the vocabulary" in refused("validate", "--ckpt_path", LAST, "--data.corpus", "pydoc")
     assert "data.block_size is 6" in refused("validate", "--ckpt_path", LAST, "--data.block_size", "6")
+    for command, name in (("validate", "val"), ("test", "test"), ("predict", "predict")):
+        line = refused(command, "--ckpt_path", LAST, f"--trainer.limit_{name}_batches", "0")
+        assert line == f"trainer.limit_{name}_batches must be positive; got 0"
+    for option, value in (("num_layers", "3"), ("block_size", "7"), ("attention", "qisa")):
+        line = refused("test", "--ckpt_path", LAST, f"--model.{option}", value)
+        assert f"{'attention.name' if option == 'attention' else 'gpt.' + option} is " in line
+    Path("short.txt").write_text("the")
+    line = refused("validate", "--ckpt_path", LAST, "--data.corpus", "short.txt")
+    assert "2 for training, 1 for validation, and a window needs" in line
+    assert "/proc/x" in refused("predict", "--ckpt_path", LAST, "--output", "/proc/x/y")
 
 
 def test_a_config_that_describes_the_checkpoints_model(fit, tiny, capsys):

@@ -439,10 +439,11 @@ def test_validation_test_and_prediction_see_their_windows(build):
         ({"corpus": "nowhere"}, "unknown corpus 'nowhere'"),
         (
             {"block_size": 245},
-            "the training split of prose.txt has 245 tokens, and a window needs block_size + 1 = 246",
+            "prose.txt is too short: it has 245 for training, 31 for validation, 31 for test, and a window needs "
+            "block_size + 1 = 246 tokens",
         ),
-        ({"block_size": 31}, "the validation split of prose.txt has 31 tokens"),
-        ({"val_fraction": 0.19}, "the test split of prose.txt has 4 tokens"),
+        ({"block_size": 31}, "it has 31 for validation, 31 for test, and"),
+        ({"val_fraction": 0.19}, "it has 4 for test, and"),
         ({"tokenizer": CharTokenizer("abc")}, "the training split of prose.txt: character"),
     ],
 )

@@ -38,6 +38,12 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert os.listdir(tmp_path) == ["data.bin"]
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "data.bin"):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(tmp_path / "data.bin")
+
+
 def test_the_last_of_two_writers_wins(tmp_path):
     path = tmp_path / "data.bin"
     with atomic_write(path) as slow:

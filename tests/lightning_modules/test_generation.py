@@ -238,12 +238,12 @@ def test_the_mode_is_restored_after_an_error():
     ("arguments", "options", "message"),
     [
         (([], 3), {}, "there are no prompts; give at least one"),
-        (([[1], []], 3), {}, "prompt 1 is empty; give at least one token"),
-        (([[1, 11]], 3), {}, "prompt 0 holds the token 11; the vocabulary is 0 to 10"),
-        (([[-1]], 3), {}, "prompt 0 holds the token -1; the vocabulary is 0 to 10"),
-        (([1, 2], 3), {}, "prompt 0 must be a list of token ids; got 1"),
-        ((["text"], 3), {}, "prompt 0 must be a list of token ids; got 'text'"),
-        (([[1.5]], 3), {}, r"prompt 0 must be a list of token ids; got \[1.5\]"),
+        (([[1], []], 3), {}, "prompt 2 is empty; give at least one token"),
+        (([[1, 11]], 3), {}, "prompt 1 holds the token 11; the vocabulary is 0 to 10"),
+        (([[-1]], 3), {}, "prompt 1 holds the token -1; the vocabulary is 0 to 10"),
+        (([1, 2], 3), {}, "prompt 1 must be a list of token ids; got 1"),
+        ((["text"], 3), {}, "prompt 1 must be a list of token ids; got 'text'"),
+        (([[1.5]], 3), {}, r"prompt 1 must be a list of token ids; got \[1.5\]"),
         (([[1]], -1), {}, "max_new_tokens must not be negative; got -1"),
         (
             ([[1]], 3),

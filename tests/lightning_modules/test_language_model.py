@@ -160,6 +160,21 @@ def test_an_epoch_limit_ends_the_cosine_too(build, data, trainer):
     assert model.total_steps == 2 * 3  # 11 batches an epoch, 4 to a step
 
 
+def test_a_run_that_is_continued_keeps_the_end_of_its_cosine(build, data, trainer, tmp_path):
+    options = dict(warmup_steps=2, learning_rate=0.01, final_learning_rate=0.0)
+    first = trainer(limit_val_batches=0)
+    first.fit(build(**options), datamodule=data)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    longer = build(**options)
+    trainer(max_steps=5, limit_val_batches=0).fit(longer, datamodule=data, ckpt_path=tmp_path / "first.ckpt")
+    assert longer.total_steps == 3 and float(rows(tmp_path)[-1]["learning_rate"]) == 0.0
+    trainer(max_steps=7, limit_val_batches=0).fit(longer, datamodule=data)  # the same model, and yet a new run
+    assert longer.total_steps == 7
+    trainer(limit_val_batches=0).validate(longer, datamodule=data, ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    trainer(max_steps=7, limit_val_batches=0).fit(longer, datamodule=data)
+    assert longer.total_steps == 7
+
+
 def test_a_cosine_needs_an_end(build, data, trainer):
     with pytest.raises(ValueError, match="max_steps, max_epochs or schedule_steps"):
         trainer(max_steps=-1, max_epochs=-1).fit(build(), datamodule=data)

@@ -292,3 +292,4 @@ def test_bleu_is_described():
     sentence = describe_bleu()
     for word in ("corpus", "1 to 4", "uniform", "no smoothing", "white space"):
         assert word in sentence
+    assert "16" not in sentence  # it stands below the metrics of windows of any length

@@ -4,6 +4,9 @@ import copy
 import io
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -455,6 +458,14 @@ def test_repr_speaks_the_fields_language():
     assert repr(Gaussian(is_causal=False)(8, 2, 8)) == "Gaussian(embed=8, heads=2, head_dim=4, causal=False)"
 
 
+def test_sizes_of_another_type():
+    """In a process of its own, as the tests check annotations before the package can."""
+    code = "import pennylane_qattn; pennylane_qattn.build_attention('qisa', 8, '2', 4)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "ValueError: num_heads must be an integer; got '2'"
+
+
 def test_angles_start_within_a_turn():
     angles = QISA()(64, 4, 8).value_map.weights
     assert angles.min() >= 0 and angles.max() < 2 * math.pi and angles.std() > 1
@@ -479,7 +490,7 @@ def test_angles_start_within_a_turn():
         (lambda: build_attention("classical", 4, 1, 4)(torch.zeros(1, 3, 5)), "width embed_dim=4; got 5"),
         (lambda: build_attention("classical", 4, 1, 4).new_cache(0), "at least 1; got 0 and 4"),
         (lambda: CircuitFeatureMap(4, 1, 1, words=("XX", "XQ")), "letters of IXYZ; got 'XQ'"),
-        (lambda: CircuitFeatureMap(4, 1, 1, executor="foo"), "unknown executor 'foo'"),
+        (lambda: CircuitFeatureMap(4, 1, 1, execution="foo"), "unknown executor 'foo'"),
     ],
 )
 def test_bad_input_is_one_line(call, message):
