@@ -49,8 +49,8 @@ from pennylane_qattn.resources import (
 
 def draw(argv: list[str]) -> None:
     """`qattn draw`."""
-    parser = _parser("draw", "Draws the circuit of one head: as text on stdout, and as a picture.")
-    _add_source(parser)
+    parser = command_parser("draw", "Draws the circuit of one head: as text on stdout, and as a picture.")
+    add_source(parser)
     _add_choice(parser)
     add = parser.add_argument
     add("--output", default="circuit.png", metavar="F", help="the picture: .png, .svg, .pdf ... (default: %(default)s)")
@@ -71,7 +71,7 @@ def draw(argv: list[str]) -> None:
         raise ValueError('the encoding\'s angles follow from an input; give --text "TEXT" or --input F')
     if options.angles is not None and options.checkpoint is None:
         raise ValueError("a preset has no trained angles; give --checkpoint, or leave --angles out")
-    source = _source(options)
+    source = source_of(options)
     shown = _head(source, options)
     inputs = _vector(source, shown, options)[0] if wants_input else None
     tape = circuit_tape(shown, inputs, gates=options.level == "gates")
@@ -84,7 +84,7 @@ def draw(argv: list[str]) -> None:
 
 def export_qasm(argv: list[str]) -> None:
     """`qattn export-qasm`."""
-    parser = _parser(
+    parser = command_parser(
         "export-qasm",
         "Writes the trained circuit of one head, for one input, as OpenQASM programs into a folder: circuit.qasm "
         "without measurements, for simulators; setting-1.qasm, ... with basis changes and measurements, for hardware; "
@@ -100,7 +100,7 @@ def export_qasm(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if not _has_input(options):
         raise ValueError('a program encodes one input; give --text "TEXT" or --input F')
-    source = _source(options)
+    source = source_of(options)
     shown = _head(source, options)
     inputs, origin = _vector(source, shown, options)
     version = next(v for v in VERSIONS if v.startswith(options.version))
@@ -153,12 +153,12 @@ def programs(shown: HeadCircuit, inputs: Tensor, version: str, title: str) -> di
 
 def resources(argv: list[str]) -> None:
     """`qattn resources`."""
-    parser = _parser(
+    parser = command_parser(
         "resources",
         "Counts what the circuits of a model take: qubits, gates, measurement settings, executions, shots. A preset "
         "without --attention: every attention there is.",
     )
-    _add_source(parser)
+    add_source(parser)
     add = parser.add_argument
     batch = "windows in a training step (default: %(default)s)"
     add("--batch_size", type=_count("batch_size", 1), default=64, metavar="N", help=batch)
@@ -169,7 +169,7 @@ def resources(argv: list[str]) -> None:
     add("--json", action="store_true", help="print JSON with every circuit, instead of tables")
     options = parser.parse_args(argv)
     shots_for_confidence(options.accuracy, options.confidence)  # refuses wrong ones before the work
-    source = _source(options, all_attentions=True)
+    source = source_of(options, all_attentions=True)
     tokens = options.batch_size * source.config.block_size
     counted = {name: circuit_groups(attentions) for name, attentions in source.every_attention()}
     if options.json:
@@ -193,7 +193,7 @@ def resources(argv: list[str]) -> None:
         console.print("\n" + _notes(options), soft_wrap=not console.is_terminal)
 
 
-def _plain(source: "_Source", counted: dict[str, list[CircuitGroup]], tokens: int, options: Any) -> dict[str, Any]:
+def _plain(source: "CircuitSource", counted: dict[str, list[CircuitGroup]], tokens: int, options: Any) -> dict:
     config = source.config
     return {
         "source": source.title,
@@ -314,7 +314,7 @@ def _notes(options: Any) -> str:
 
 
 @dataclass
-class _Source:
+class CircuitSource:
     """Where circuits come from: a checkpoint's model, or a preset and mechanisms."""
 
     title: str
@@ -346,12 +346,14 @@ class _Source:
             return mechanism(config.embed_dim, config.num_heads, config.block_size, layer=layer - 1)
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
+def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser that shows the command's example."""
     example = COMMANDS[command].example
     return Parser(prog=f"qattn {command}", description=description, epilog=f"example: {example}", allow_abbrev=False)
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `source_of` reads."""
     add = parser.add_argument
     add("--checkpoint", metavar="F", help="the .ckpt file, or the folder of a run (its best one)")
     add("--preset", metavar="NAME", help=f"instead of a checkpoint: {', '.join(sorted(PRESETS))}")
@@ -380,7 +382,8 @@ def _has_input(options: argparse.Namespace) -> bool:
     return options.text is not None or options.input is not None
 
 
-def _source(options: argparse.Namespace, all_attentions: bool = False) -> _Source:
+def source_of(options: argparse.Namespace, all_attentions: bool = False) -> CircuitSource:
+    """The model or the preset that the options name; `all_attentions`: a preset may come without one."""
     name, attention = getattr(options, "preset", None), getattr(options, "attention", None)
     if (options.checkpoint is None) == (name is None):
         raise ValueError("circuits come from a checkpoint or from a preset; give one of --checkpoint and --preset")
@@ -389,19 +392,19 @@ def _source(options: argparse.Namespace, all_attentions: bool = False) -> _Sourc
             raise ValueError(f"a checkpoint has its own attention; leave --attention {attention} out, or give --preset")
         model = LanguageModel.load_from_checkpoint(resolve(options.checkpoint))
         mechanism = model.attention
-        return _Source(str(options.checkpoint), model.gpt.config, model, {mechanism.name: mechanism})
+        return CircuitSource(str(options.checkpoint), model.gpt.config, model, {mechanism.name: mechanism})
     config = preset(name)
     if attention is None and not all_attentions:
         raise ValueError(f"a preset is a size without an attention; give --attention, one of {', '.join(ATTENTION)}")
     names = list(ATTENTION) if attention is None else [attention]
-    return _Source(name, config, None, {each: ATTENTION.build(each) for each in names})
+    return CircuitSource(name, config, None, {each: ATTENTION.build(each) for each in names})
 
 
-def _head(source: _Source, options: argparse.Namespace) -> HeadCircuit:
+def _head(source: CircuitSource, options: argparse.Namespace) -> HeadCircuit:
     return head_circuit(source.attention(options.layer), options.layer, options.head, options.map)
 
 
-def _vector(source: _Source, shown: HeadCircuit, options: argparse.Namespace) -> tuple[Tensor, str]:
+def _vector(source: CircuitSource, shown: HeadCircuit, options: argparse.Namespace) -> tuple[Tensor, str]:
     """The vector that a head encodes, and where it comes from."""
     if options.text is not None:
         embedding, position = layer_input(source.model, options.text, shown.layer, options.position)

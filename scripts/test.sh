@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # Lints the code and runs the tests; fails if either finds a fault. Installs what that needs; see environment.sh.
 #
-#   bash scripts/test.sh [--slow] [arguments of pytest ...]
+#   bash scripts/test.sh [--slow] [--plugins] [arguments of pytest ...]
 #
-# --slow  runs the slow tests too
+# --slow     runs the slow tests too
+# --plugins  installs the devices of PennyLane's partners (the extra `plugins`), and runs the tests on them and nothing
+#            else; an hour or so
 # Two processes run the tests side by side; `-n 0` runs them in one.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-arguments=()
+arguments=() extras=test,hf
 for argument in "$@"; do
     case "$argument" in
-    --slow) arguments+=(-m "") ;;
+    --slow) arguments+=(-m "not plugins") ;;
+    --plugins) arguments+=(-m plugins) extras=test,hf,plugins ;;
     *) arguments+=("$argument") ;;
     esac
 done
 
-use_environment test,hf
+use_environment "$extras"
 cd -- "$qattn_root"
 # The processes share the cores between them, one thread each.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"

@@ -306,9 +306,12 @@ def test_pages_name_only_files_that_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_python_example_of_the_readme_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_python_examples_of_the_readme_run():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), names)
+    assert names["plan"].explain() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_lists_every_mechanism():
