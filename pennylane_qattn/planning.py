@@ -200,7 +200,8 @@ def why_not(method: str, execution: Execution, runner: Runner, tapes: Tapes) -> 
     if method == "adjoint" and execution.noise:
         return "adjoint needs pure states, and noise makes them mixed; use backprop or parameter-shift"
     if method in ("backprop", "adjoint") and not runner.differentiates(method):
-        others = [m for m in ("backprop", "adjoint") if runner.differentiates(m)]
+        others = [m for m in ("backprop", "adjoint") if m != method and runner.differentiates(m)]
+        others = [m for m in others if why_not(m, execution, runner, tapes) is None]
         return f"{runner.name} has no {method}; use {' or '.join([*others, 'parameter-shift'])}"
     if method == "adjoint" and not runner.is_local:
         return f"adjoint needs a simulator on this machine, and {runner.name} is none; use parameter-shift"

@@ -72,8 +72,11 @@ class Registry(dict[str, type[Described]], Generic[Described]):
 
     def build(self, what: "Described | str", /, **options: Any) -> Described:
         """A description from its name and options; one that is built already is returned as it is."""
-        if isinstance(what, Description) and what.registry is self:
-            return what
+        if isinstance(what, Description):
+            if getattr(what, "registry", None) is self:
+                return what
+            known = ", ".join(sorted(self))
+            raise ValueError(f"{type(what).__name__} is no registered {self.kind}; register it, or choose from {known}")
         cls = self.lookup(what)
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for option in options:
