@@ -5,7 +5,7 @@
 #
 # --slow     runs the slow tests too
 # --plugins  installs the devices of PennyLane's partners (the extra `plugins`), and runs the tests on them and nothing
-#            else; an hour or so
+#            else
 # Two processes run the tests side by side; `-n 0` runs them in one.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
