@@ -6,6 +6,7 @@ machine. Any other device is taken to cost money: it is asked nothing that would
 
 import contextlib
 import importlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,10 @@ PACKAGES = {
     "braket.aws.qubit": "amazon-braket-pennylane-plugin",
 }
 #: Devices whose circuits are not run gate by gate, and so give no numbers to train on.
-_NOT_DEVICES = frozenset({"null.qubit", "default.tensor", "default.gaussian", "default.qutrit", "default.clifford"})
+_NOT_DEVICES = frozenset(
+    """null.qubit default.tensor default.gaussian default.qutrit default.clifford braket.local.ahs
+    braket.aws.ahs""".split()
+)
 #: Devices that take the seed of their shots as an option, and those that draw from NumPy's global generator.
 _SEEDED = frozenset({"default.qubit", "default.mixed", "reference.qubit", "lightning.qubit", "lightning.kokkos"})
 _GLOBALLY_SEEDED = frozenset({"qiskit.aer", "qulacs.simulator", "cirq.simulator", "cirq.mixedsimulator"})
@@ -143,14 +147,19 @@ class Runner:
     meter: Meter = field(default_factory=Meter)
     retries: int = 2
     _stream: tuple | None = field(default=None, init=False, repr=False)
+    #: A simulator has one state: two threads at a time would read each other's.
+    _lock: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         _ = self.device  # mistakes show now
 
     def __getstate__(self) -> dict[str, Any]:
         # devices do not all pickle; another one is opened where this lands
-        unpickled = {"device", "broadcasts", "gives_states", "gives_channels"}
+        unpickled = {"device", "broadcasts", "gives_states", "gives_channels", "_lock"}
         return {name: value for name, value in self.__dict__.items() if name not in unpickled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @cached_property
     def device(self) -> qml.devices.Device:
@@ -219,6 +228,10 @@ class Runner:
                     return "it samples although shots is left out; give shots, or the device's option for exact values"
         except Exception as error:  # whatever a device raises
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        finally:
+            if self.shots is not None:  # the first shots are as a copy's, which is not tried
+                del self.device
+                self._stream = None
         return None
 
     def run(self, tapes: Sequence[QuantumScript]) -> list[tuple[np.ndarray, ...]]:
@@ -241,7 +254,8 @@ class Runner:
             part = tapes[first : first + MAX_TAPES]
             self.meter.charge(sum(tape.batch_size or 1 for tape in part), self.name)
             batch, _, config = self._preprocessed(part, ExecutionConfig(gradient_method="adjoint"))
-            found = self.device.compute_derivatives(tuple(batch), config)
+            with self._lock:
+                found = self.device.compute_derivatives(tuple(batch), config)
             gradients += [np.atleast_1d(np.asarray(gradient, dtype=np.float64)) for gradient in found]
         return gradients
 
@@ -262,7 +276,7 @@ class Runner:
 
     def _execute(self, tapes: Sequence[QuantumScript]) -> Sequence[Any]:
         batch, gather, config = self._preprocessed(tapes)
-        with self._seeded():
+        with self._lock, self._seeded():
             return gather(self.device.execute(batch, config))
 
     @contextlib.contextmanager
