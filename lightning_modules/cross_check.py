@@ -182,7 +182,7 @@ def _gradients(model: LanguageModel, batches: list[Batch], options: argparse.Nam
         Column("device", no_wrap=True),
         Column("method", no_wrap=True),
         *angles,
-        "all angles",
+        "angles",
         "embeddings",
         title="gradient of one window's loss by angles of the first circuit, and largest differences from folded",
     )
@@ -200,7 +200,7 @@ def _gradients(model: LanguageModel, batches: list[Batch], options: argparse.Nam
 
 
 def _shown(angles: Tensor) -> list[str]:
-    return [f"{value:+.7f}" for value in angles[:SHOWN].tolist()]
+    return [f"{value:+.6f}" for value in angles[:SHOWN].tolist()]
 
 
 def _difference(found: Tensor, reference: Tensor) -> float:
