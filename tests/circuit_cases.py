@@ -23,7 +23,7 @@ WORKS = {
     "reference.qubit": VALUES_ALONE,
 }
 #: Devices that are quick enough to be tried with everything.
-QUICK = ("default.qubit", "default.mixed", "lightning.qubit", "lightning.kokkos")
+QUICK = ("default.qubit", "default.mixed", "lightning.qubit")
 
 
 def four_terms(weights, wires):

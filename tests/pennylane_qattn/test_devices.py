@@ -107,6 +107,27 @@ def test_a_far_device_samples(far):
     assert sum(far.received) == 5 * 2 * 2  # ZI and IZ share a setting
 
 
+def test_every_kind_of_circuit_is_translated_for_the_device(far, monkeypatch):
+    # the settings differ in their last gates: the first may need no translation when others do
+    def translated(device, execution_config=None):
+        program = qml.CompilePipeline()
+        program.add_transform(qml.transforms.decompose, gate_set={"StatePrep", "RX", "RY", "RZ", "CNOT", "GlobalPhase"})
+        return program
+
+    inside = far.execute
+
+    def execute(device, circuits, execution_config=None):
+        names = {operation.name for circuit in circuits for operation in circuit.operations}
+        assert "Hadamard" not in names
+        return inside(device, circuits, execution_config)
+
+    monkeypatch.setattr(far, "preprocess_transforms", translated)
+    monkeypatch.setattr(far, "execute", execute)
+    module = feature_map(execution=qnodes("far.qubit", shots=2000))
+    exact = feature_map()(tokens())
+    torch.testing.assert_close(module(tokens()), exact, rtol=0, atol=5 / 2000**0.5)
+
+
 def test_failed_calls_are_tried_again(far):
     module = feature_map(execution=qnodes("far.qubit", retries=2))
     expected = module(tokens())

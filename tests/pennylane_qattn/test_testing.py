@@ -256,7 +256,9 @@ def twisted(weights, wires):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(
-    "ansatz", [*sorted(set(ANSATZE) - {"function", "traced"}), FunctionAnsatz(twisted, ("wires",))], ids=str
+    "ansatz",
+    [*sorted(set(ANSATZE) - {"function", "traced"}), FunctionAnsatz(twisted, ("wires",))],
+    ids=lambda ansatz: ansatz if isinstance(ansatz, str) else ansatz.label,
 )
 def test_folds_match(ansatz, encoding):
     circuit = Circuit(3, ("XYZ", "IIZ") if encoding == "angle" else ("XY", "ZI"), encoding, ansatz)
