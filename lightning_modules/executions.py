@@ -1,6 +1,7 @@
 """Executions of circuits on devices: said before the first one, counted, and logged."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from lightning_modules.language_model import LanguageModel, planned_steps
+from pennylane_qattn import Execution
 from pennylane_qattn.execution import executors
 
 
@@ -20,12 +22,20 @@ class Executions(Callback):
     of this process so far, is logged.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: LanguageModel, stage: str) -> None:
+        if trainer.world_size > 1:  # each process draws shots of its own, and has its share of the budget
+            execution, ranks = pl_module.execution, trainer.world_size
+            limit = execution.max_executions and max(1, execution.max_executions // ranks)
+            seed = execution.seed * ranks + trainer.global_rank
+            pl_module.set_execution(replace(execution, seed=seed, max_executions=limit))
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         explain(pl_module)
         if not costs(pl_module):
             return
         data = trainer.datamodule
-        per_step = trainer.accumulate_grad_batches * needed(pl_module, data.batch_size * data.block_size, training=True)
+        batches = trainer.accumulate_grad_batches * trainer.world_size
+        per_step = batches * needed(pl_module, data.batch_size * data.block_size, training=True)
         steps = planned_steps(trainer, data.train_dataloader) - trainer.global_step
         total = f"{int(steps * per_step):,} for {int(steps):,} steps" if steps < float("inf") else "without end"
         say(f"at most {per_step:,} executions per training step, {total}, and those of validation besides")
@@ -60,7 +70,7 @@ class Executions(Callback):
     def _announce(self, trainer: L.Trainer, model: LanguageModel, batches: int) -> None:
         explain(model)
         if costs(model):
-            tokens = batches * trainer.datamodule.batch_size * trainer.datamodule.block_size
+            tokens = trainer.world_size * batches * trainer.datamodule.batch_size * trainer.datamodule.block_size
             say(f"at most {needed(model, tokens, training=False):,} executions")
 
     def _conclude(self, model: LanguageModel) -> None:
@@ -71,7 +81,9 @@ class Executions(Callback):
 def explain(model: LanguageModel) -> None:
     """Says what runs the circuits, unless that is what it always is: folded because that is best."""
     lines = dict.fromkeys(plan.explain() for plan in model.plans)
-    if any(plan.executor != "folded" for plan in model.plans) or model.execution.executor != "auto":
+    if model.execution != Execution() and not model.plans:
+        lines = {f"{model.attention.name} attention has none, so model.execution changes nothing": None}
+    if any(plan.executor != "folded" for plan in model.plans) or model.execution != Execution():
         for line in lines:
             say(f"circuits: {line}")
 

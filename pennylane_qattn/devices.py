@@ -91,6 +91,8 @@ def open_device(
         options.setdefault("seed", seed)
     if name == "qiskit.aer":  # which would sample by itself
         options.setdefault("method", "statevector")
+    if name in _NOT_DEVICES:
+        raise ValueError(f"device {name!r} gives no expectation values of qubits; use default.qubit, for example")
     if name not in installed_devices():
         if name in PACKAGES:
             raise ValueError(f"device {name!r} is not installed; pip install {PACKAGES[name]}")
@@ -237,10 +239,10 @@ class Runner:
     def run(self, tapes: Sequence[QuantumScript]) -> list[tuple[np.ndarray, ...]]:
         """What every tape measures, in order; a broadcast tape gives arrays with its batch in front."""
         results: list[tuple[np.ndarray, ...]] = []
+        self.meter.charge(_executions(tapes), self.name)
         for first in range(0, len(tapes), MAX_TAPES):
             part = tapes[first : first + MAX_TAPES]
-            self.meter.charge(sum(tape.batch_size or 1 for tape in part), self.name)
-            for tape, result in zip(part, self._with_retries(lambda part=part: self._execute(part)), strict=True):
+            for tape, result in zip(part, self._with_retries(part), strict=True):
                 several = result if isinstance(result, tuple | list) else (result,)
                 results.append(tuple(np.asarray(value) for value in several))
                 if len(results[-1]) != len(tape.measurements):
@@ -250,9 +252,9 @@ class Runner:
     def adjoint_gradients(self, tapes: Sequence[QuantumScript]) -> list[np.ndarray]:
         """For tapes with one observable each: its derivatives by their trainable parameters."""
         gradients: list[np.ndarray] = []
+        self.meter.charge(_executions(tapes), self.name)
         for first in range(0, len(tapes), MAX_TAPES):
             part = tapes[first : first + MAX_TAPES]
-            self.meter.charge(sum(tape.batch_size or 1 for tape in part), self.name)
             batch, _, config = self._preprocessed(part, ExecutionConfig(gradient_method="adjoint"))
             with self._lock:
                 found = self.device.compute_derivatives(tuple(batch), config)
@@ -305,15 +307,20 @@ class Runner:
         except Exception:  # whatever a device raises, the answer is no
             return False
 
-    def _with_retries(self, call: Callable[[], Any]) -> Any:
+    def _with_retries(self, tapes: Sequence[QuantumScript]) -> Any:
         for attempt in range(self.retries + 1):
             try:
-                return call()
+                return self._execute(tapes)
             except Exception:
                 if self.is_local or attempt == self.retries:
                     raise
                 time.sleep(2**attempt)
+                self.meter.charge(_executions(tapes), self.name)  # a device charges for what failed too
         raise AssertionError
+
+
+def _executions(tapes: Sequence[QuantumScript]) -> int:
+    return sum(tape.batch_size or 1 for tape in tapes)
 
 
 def _kind(tape: QuantumScript) -> tuple:

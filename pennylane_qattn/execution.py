@@ -47,18 +47,16 @@ def set_execution(module: nn.Module, execution: Execution | str) -> list[Plan]:
     """Runs every circuit in a module that way from now on, on one meter; parameters stay as they are.
 
     Args:
-        module: any module with circuit feature maps inside.
+        module: any module with circuit feature maps or circuit layers inside.
         execution: how to run them, or the name of an executor.
 
     Returns:
-        The plan of every circuit feature map.
+        The plan of each of them.
 
     Raises:
         ValueError: if one of them cannot be run so.
     """
-    from pennylane_qattn.features import CircuitFeatureMap  # which makes its executors here
-
-    maps = [part for part in module.modules() if isinstance(part, CircuitFeatureMap)]
+    maps = _with_circuits(module)
     meter = make_meter(as_execution(execution))
     made = [part.make_executor(execution, index, meter) for index, part in enumerate(maps)]  # all of them, or none
     for index, (part, executor) in enumerate(zip(maps, made, strict=True)):
@@ -68,6 +66,11 @@ def set_execution(module: nn.Module, execution: Execution | str) -> list[Plan]:
 
 def executors(module: nn.Module) -> list[Executor]:
     """What runs the circuits in a module."""
-    from pennylane_qattn.features import CircuitFeatureMap
+    return [part.executor for part in _with_circuits(module)]
 
-    return [part.executor for part in module.modules() if isinstance(part, CircuitFeatureMap)]
+
+def _with_circuits(module: nn.Module) -> list:
+    from pennylane_qattn.features import CircuitFeatureMap  # which make their executors here
+    from pennylane_qattn.layer import CircuitLayer
+
+    return [part for part in module.modules() if isinstance(part, CircuitFeatureMap | CircuitLayer)]

@@ -88,7 +88,9 @@ class Jacobian(ABC):
         unknown = set(options) - set(self.defaults)
         if unknown:
             known = ", ".join(self.defaults) or "none"
-            raise ValueError(f"{method} has no option {min(unknown)!r} in gradient_options; its options: {known}")
+            raise ValueError(
+                f"{method} has no option {min(unknown, key=str)!r} in gradient_options; its options: {known}"
+            )
         self.options = {**self.defaults, **options}
 
     @abstractmethod
@@ -142,7 +144,7 @@ class FiniteDifference(_Shifts):
         order, strategy = self.options["approx_order"], self.options["strategy"]
         try:
             coefficients, shifts = qml.gradients.finite_diff_coeffs(n=1, approx_order=order, strategy=strategy)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"gradient_options of {method}: {error}") from None
         h = self.options["h"]
         self._terms = [(float(c) / h, float(s) * h) for c, s in zip(coefficients, shifts, strict=True)]

@@ -1,5 +1,6 @@
 """A circuit as a torch layer of its own, for models that are not made here."""
 
+import math
 from typing import Any
 
 import pennylane as qml
@@ -8,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn.circuit import Circuit
-from pennylane_qattn.execution import as_execution, make_executor
+from pennylane_qattn.devices import Meter
+from pennylane_qattn.execution import make_executor
 from pennylane_qattn.executor import Executor, FoldedExecutor
 from pennylane_qattn.planning import Execution
 from pennylane_qattn.precision import at_least_float32
@@ -53,10 +55,21 @@ class CircuitLayer(qml.qnn.TorchLayer):
         """What runs it; `executor.plan.explain()` says why."""
         return self._executor
 
+    def make_executor(self, execution: Execution | str, index: int = 0, meter: Meter | None = None) -> Executor:
+        """An executor for this circuit; `index` sets the shots of several layers apart, and `meter` counts for all."""
+        return make_executor([self.circuit], execution, index, meter=meter)
+
     def set_execution(self, execution: Execution | str) -> None:
-        """Runs the circuit that way from now on; the angles stay as they are."""
-        self._executor = make_executor([self.circuit], as_execution(execution))
-        self.qnode = _qnode(self._executor)
+        """Runs the circuit that way from now on; the angles stay as they are.
+
+        `pennylane_qattn.set_execution` does so for all layers of a model, and sets their shots apart.
+        """
+        self.use(self.make_executor(execution), execution)
+
+    def use(self, executor: Executor, execution: Execution | str, index: int = 0) -> None:
+        """Runs the circuit by that executor, which was made for it."""
+        self._executor = executor
+        self.qnode = _qnode(executor)
 
     def forward(self, inputs: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch words"]:
         if inputs.shape[-1] != self.circuit.num_features:
@@ -65,9 +78,9 @@ class CircuitLayer(qml.qnn.TorchLayer):
             )
         with torch.autocast(inputs.device.type, enabled=False):
             dtype = torch.promote_types(torch.promote_types(inputs.dtype, self.weights.dtype), torch.float32)
-            rows = inputs.reshape(1, -1, inputs.shape[-1]).to(dtype)
+            rows = inputs.reshape(1, math.prod(inputs.shape[:-1]), inputs.shape[-1]).to(dtype)
             values = self._executor.expectations(rows, self.weights[None].to(dtype))
-        return values[0].reshape(*inputs.shape[:-1], -1).to(inputs.dtype)
+        return values[0].reshape(*inputs.shape[:-1], len(self.circuit.words)).to(inputs.dtype)
 
     def _apply(self, fn, recurse=True):
         return super()._apply(at_least_float32(fn), recurse)

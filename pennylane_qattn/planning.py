@@ -4,7 +4,7 @@ Nothing falls back in silence: a plan either does what was asked for or is refus
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ METHODS = ("backprop", "adjoint", *JACOBIANS)
 BACKPROP_WIRES = 12
 #: Gates whose gradient PennyLane's mixed-state simulator loses on its way (0.45).
 _LOST_BY_BACKPROP = frozenset({"PhaseShift", "PSWAP"})
+#: Step of difference quotients where the device computes in single precision, radians.
+SINGLE_STEP = 1e-2
 #: Most executions on devices that are not simulators here, unless said otherwise.
 REMOTE_MAX_EXECUTIONS = 10_000
 
@@ -75,13 +77,24 @@ class Execution:
             value = getattr(self, name)
             require(isinstance(value, dict), f"{name} must be like {{name: value}}; got {value!r}")
         require(isinstance(self.device, str), f"device must be a name; got {self.device!r}")
-        require("shots" not in self.device_options, "shots is no device_option but an option of the execution itself")
+        for name in ("shots", "seed"):
+            ours = name in self.device_options
+            require(not ours, f"{name} is no device_option but an option of the execution itself")
         require(isinstance(self.noise, Noise), f"noise must be a Noise; got {self.noise!r}")
 
     @classmethod
     def from_plain(cls, options: Mapping[str, Any]) -> "Execution":
         """The execution that plain data describe, noise being a dict in it."""
-        return cls(**{**options, "noise": Noise(**options.get("noise", {}))})
+        try:
+            return cls(**{**options, "noise": Noise(**options.get("noise", {}))})
+        except TypeError as error:
+            raise ValueError(f"no description of an execution: {error}") from None
+
+    @property
+    def of_device(self) -> list[str]:
+        """What it asks for that only a device can do."""
+        names = ("device", "device_options", "diff_method", "gradient_options")
+        return [name for name in names if getattr(self, name) != getattr(Execution(), name)]
 
     @property
     def is_exact(self) -> bool:
@@ -134,9 +147,14 @@ def make_plan(
     """
     if execution.executor != "qnode":
         refusal = _why_not_folded(execution, circuits)
+        if refusal is None and execution.executor == "folded":
+            return Plan("folded", None, None, None, ("as asked for",))
         if refusal is None:
-            reasons = ("exact, and its matrices are small",) if execution.executor == "auto" else ("as asked for",)
-            return Plan("folded", None, None, None, reasons)
+            reasons = ["exact, and its matrices are small"]
+            if execution.of_device:  # what is asked for must be possible, though it is not needed
+                make_plan(replace(execution, executor="qnode"), circuits, runner, for_states)
+                reasons.append(f"executor qnode runs it on {execution.device}")
+            return Plan("folded", None, None, None, tuple(reasons))
         if execution.executor == "folded":
             raise ValueError(refusal)
         because = (f"not folded, since {refusal.partition(';')[0]}",)
@@ -160,7 +178,7 @@ def make_plan(
         if refusal:
             raise ValueError(refusal)
     if method in JACOBIANS:
-        JACOBIANS[method](method, execution.gradient_options)
+        JACOBIANS[method](method, with_default_step(execution))
     elif execution.gradient_options:
         raise ValueError(f"{method} takes no gradient_options; got {execution.gradient_options}")
     if tapes.encoding.uses_gates or method == "backprop":
@@ -169,8 +187,20 @@ def make_plan(
         by_input = "state" if execution.is_exact and runner.gives_states else "polarisation"
     if execution.shots is not None and not runner.repeats:
         because = (*because, "its shots have no seed and do not repeat")
+    if for_states and method != "backprop":
+        because = (*because, "states are differentiated by shifting angles, whatever the method")
+    if "h" in with_default_step(execution) and "h" not in execution.gradient_options:
+        because = (*because, f"steps of {SINGLE_STEP}, as the device computes in single precision")
     local = runner.is_local and execution.shots is None
     return Plan("qnode", runner.name, method, by_input, (*because, why) if why else because, local)
+
+
+def with_default_step(execution: Execution) -> dict[str, Any]:
+    """The options of the gradient method, with a step that single precision can resolve where that is needed."""
+    single = execution.device_options.get("c_dtype") == "complex64" or execution.device == "cirq.mixedsimulator"
+    if single and execution.diff_method in ("finite-diff", "spsa"):
+        return {"h": SINGLE_STEP, **execution.gradient_options}
+    return execution.gradient_options
 
 
 def open_runner(execution: Execution, num_wires: int, index: int = 0, meter: Meter | None = None) -> Runner:
@@ -256,6 +286,10 @@ def _fastest(execution: Execution, runner: Runner, tapes: Tapes) -> tuple[str, s
 
 
 def _why_not_folded(execution: Execution, circuits: Sequence[Circuit]) -> str | None:
+    if execution.executor == "folded" and execution.of_device:
+        return f"folded circuits run on no device; leave {execution.of_device[0]} out, or use executor qnode"
+    if execution.device_options:
+        return "device_options may change the values; leave them out, or use executor qnode"
     if execution.shots is not None:
         return f"folding gives exact values, not shots={execution.shots}; use executor qnode"
     if execution.noise:

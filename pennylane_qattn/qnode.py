@@ -22,7 +22,7 @@ from pennylane_qattn.devices import MAX_AMPLITUDES, Meter
 from pennylane_qattn.executor import Executor
 from pennylane_qattn.gradients import JACOBIANS
 from pennylane_qattn.observables import to_pennylane, word_action
-from pennylane_qattn.planning import Execution, make_plan, open_runner
+from pennylane_qattn.planning import Execution, make_plan, open_runner, with_default_step
 from pennylane_qattn.tapes import Job, Tapes, encoding_angles
 from pennylane_qattn.transforms import is_transformed
 
@@ -57,7 +57,7 @@ class QNodeExecutor(Executor):
         self.jacobian = None
         method = self.plan.diff_method
         if method in JACOBIANS:
-            options = dict(execution.gradient_options)
+            options = with_default_step(execution)
             if method == "spsa":
                 options.setdefault("seed", (execution.seed, index))
             self.jacobian = JACOBIANS[method](method, options)
@@ -182,9 +182,9 @@ class QNodeExecutor(Executor):
             # no circuit to run, and yet gradients that are zero
             width = 2 * 2**self.tapes.num_wires if function is _States else len(self.tapes.places[0])
             return (x.sum() + weights.sum() * 0).expand(len(weights), 0, width)
-        encoded = torch.stack([self._encoded(rows) for rows in x])
         if self.plan.diff_method == "backprop":
             return self._backprop(x, weights, states=function is _States)
+        encoded = torch.stack([self._encoded(rows) for rows in x])
         values = function.apply(self, encoded, self.tapes.angles(weights))
         return values.to(x.dtype)
 

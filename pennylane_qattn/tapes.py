@@ -197,7 +197,7 @@ class Tapes:
     def _operations(self, job: Job, broadcast: bool):
         shared = self._noisy(self._ansatz(job.angles)) if broadcast or job.angles.ndim == 1 else None
         for row, start in enumerate(self._starts(job, broadcast)):
-            yield [*self._noisy(start), *(shared or self._noisy(self._ansatz(job.angles[row])))]
+            yield [*self._noisy(start), *(self._noisy(self._ansatz(job.angles[row])) if shared is None else shared)]
 
     def _starts(self, job: Job, broadcast: bool):
         for row in [slice(None)] if broadcast else range(job.size):
@@ -254,7 +254,9 @@ def encoding_gates(circuit: Circuit) -> tuple[Gate, ...]:
 
 def encoding_angles(circuit: Circuit, x: Tensor) -> Tensor:
     """The angles `(inputs, gates)` of the encoding's gates for inputs `(inputs, features)`, differentiable."""
-    angles = [op.parameters[0].expand(len(x)) for op in _encode(circuit, x) if op.name in ROTATIONS]
+    angles = [
+        torch.as_tensor(op.parameters[0]).to(x).expand(len(x)) for op in _encode(circuit, x) if op.name in ROTATIONS
+    ]
     return torch.stack(angles, dim=-1)
 
 

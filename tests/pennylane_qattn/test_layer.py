@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pennylane_qattn import Circuit, CircuitLayer, Execution
+from pennylane_qattn import Circuit, CircuitLayer, Execution, set_execution
 
 CIRCUIT = Circuit(5, ("XIZ", "ZII", "IYY"))
 EXECUTIONS = [
@@ -103,3 +103,23 @@ def test_init_method_is_pennylanes():
 def test_wrong_shape_is_one_line():
     with pytest.raises(ValueError, match=r"inputs must end in 5 features; got shape \(2, 4\)"):
         CircuitLayer(CIRCUIT)(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
+def test_empty_batches(layer, shape):
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    values = layer(x)
+    assert values.shape == (*shape[:-1], 3)
+    values.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_layers_of_a_model_are_set_together():
+    torch.manual_seed(8)
+    model = nn.Sequential(CircuitLayer(CIRCUIT), nn.Linear(3, 5), CircuitLayer(CIRCUIT))
+    model[2].load_state_dict(model[0].state_dict())
+    plans = set_execution(model, Execution(shots=50, seed=1))
+    assert [plan.device for plan in plans] == ["default.qubit"] * 2
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(9))
+    assert not torch.equal(model[0](x), model[2](x))  # shots of their own
+    assert model[0].executor.meter is model[2].executor.meter
