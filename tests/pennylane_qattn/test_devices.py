@@ -134,7 +134,16 @@ def test_failed_calls_are_tried_again(far):
     far.failures[:] = [True, True, False]
     before = module.executor.meter.executions
     torch.testing.assert_close(module(tokens()), expected)
-    assert far.waits == [1, 2] and module.executor.meter.executions == 2 * before
+    assert far.waits == [1, 2]
+    assert module.executor.meter.executions == 4 * before  # the device charges for what failed, too
+
+
+def test_no_try_goes_beyond_the_limit(far):
+    module = feature_map(execution=qnodes("far.qubit", max_executions=11))
+    far.failures[:] = [True]
+    with pytest.raises(ExecutionBudgetError):
+        module(tokens())
+    assert far.received == [6]
 
 
 def test_a_device_that_always_fails_says_so(far):

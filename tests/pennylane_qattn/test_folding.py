@@ -182,9 +182,9 @@ def test_pennylane_is_not_called_when_run(monkeypatch, rng):
 
 def test_too_large_a_fold_is_refused():
     with pytest.raises(ValueError, match="folding 1 circuits of 16 qubits takes .* GiB; use amplitude encoding"):
-        make_executor("folded", [Circuit(16, ("Z" * 16,), "angle")])
+        make_executor([Circuit(16, ("Z" * 16,), "angle")], "folded")
 
 
 def test_unknown_executor():
     with pytest.raises(ValueError, match="unknown executor 'foo'; choose from auto, folded, qnode"):
-        make_executor("foo", [Circuit(2, ("Z",))])
+        make_executor([Circuit(2, ("Z",))], "foo")
