@@ -22,8 +22,8 @@ class CircuitLayer(qml.qnn.TorchLayer):
 
     It is a `TorchLayer` (with its QNode in `qnode`) that differs where PennyLane's falls short (0.45): batches of
     inputs that need gradients work with every method; an amplitude-encoded input has a finite gradient everywhere;
-    one vector-Jacobian product is taken instead of a row per observable; equal inputs run forward once; angles keep their
-    precision whatever that of the input; and the layer can be copied, pickled and sent to another process.
+    one vector-Jacobian product is taken instead of a row per observable; equal inputs run forward once; angles keep
+    their precision whatever that of the input; and the layer can be copied, pickled and sent to another process.
 
     Args:
         circuit: what is run.
