@@ -90,9 +90,10 @@ def training_executions(
         shifts = [sum(len(state_shift_rule(gate)) for gate in gates) for gates in (of_angles, of_input)]
         return Executions(1, shifts[0], shifts[1] + by_state)
     settings = settings_of(circuit.words) if sampling else 1
-    amplitudes = by_state if gives_states and not sampling else 2 * circuit.num_features * settings * by_state
+    entries = circuit.encoding.num_amplitudes(circuit.num_features)
+    amplitudes = by_state if gives_states and not sampling else 2 * entries * settings * by_state
     if jacobian is None:
-        return Executions(1, 1, amplitudes)
+        return Executions(1, 1 if of_angles or of_input else 0, amplitudes)
     angles, everything = (jacobian.executions(gates, settings) for gates in (of_angles, of_input + of_angles))
     return Executions(settings, angles, everything - angles + amplitudes)
 
