@@ -75,18 +75,14 @@ class FoldedExecutor(Executor):
     def expectations(
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
     ) -> Float[Tensor, "heads tokens words"]:
-        amplitudes = self.circuits[0].encoding.amplitudes(x)
-        fold = self._fold(weights)
-        width = amplitudes.shape[-1]
+        amplitudes, width, fold = self._prepared(x, weights)
         rows, signs = self._readouts(lambda: fold.readout(*fold.evolve(weights, width)), weights, width)
         return quadratic_forms(amplitudes, rows, signs)
 
     def states(
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
     ) -> Float[Tensor, "heads tokens amplitudes"]:
-        amplitudes = self.circuits[0].encoding.amplitudes(x)
-        fold = self._fold(weights)
-        width = amplitudes.shape[-1]
+        amplitudes, width, fold = self._prepared(x, weights)
         matrix = self._states(lambda: fold.states(weights, width), weights, width)
         return amplitudes @ torch.cat((matrix.real, matrix.imag), dim=1).transpose(1, 2)
 
@@ -102,6 +98,8 @@ class FoldedExecutor(Executor):
                 device=device,
             )
 
-    def _fold(self, weights: Tensor) -> Fold:
+    def _prepared(self, x: Tensor, weights: Tensor) -> tuple[Tensor, int, Fold]:
+        """The encoded amplitudes, how many there are, and the fold for these weights."""
         self.prepare(weights.dtype, weights.device)
-        return self._folds[weights.dtype, weights.device]
+        amplitudes = self.circuits[0].encoding.amplitudes(x)
+        return amplitudes, amplitudes.shape[-1], self._folds[weights.dtype, weights.device]

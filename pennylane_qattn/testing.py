@@ -158,31 +158,16 @@ def assert_gradients_agree(
     circuit: Circuit,
     devices: Sequence[str] | str | None = None,
     methods: Sequence[str] | str | None = None,
-    *,
-    dtype: torch.dtype = torch.float64,
-    inputs: Float[Tensor, "inputs features"] | None = None,
-    weights: Float[Tensor, "..."] | None = None,
-    for_states: bool = False,
-    device_options: Mapping[str, Mapping[str, Any]] | None = None,
-    gradient_options: Mapping[str, Mapping[str, Any]] | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> Comparisons:
     """Compares a circuit's values, and its gradients by inputs and by angles, on devices with the folded circuit.
-
-    A batch of all inputs, of the first one alone, and of none are run. Gradients are those of a random linear function
-    of the values.
 
     Args:
         circuit: what is run.
         devices: names of PennyLane devices; by default all simulators installed here.
         methods: of differentiation; by default all.
-        dtype: of inputs and angles, float32 or float64; the folded circuit is computed in float64 always.
-        inputs: what is encoded, `(inputs, features)`; by default `awkward_inputs`.
-        weights: the angles, of `circuit.weight_shape`; by default drawn uniformly from [0, 2 pi).
-        for_states: compare final states instead of expectation values.
-        device_options: keyword arguments by device.
-        gradient_options: `Execution.gradient_options` by method.
-        seed: draws inputs, angles, the linear function, and the directions of spsa.
+        **options: `dtype`, `inputs`, `weights`, `for_states`, `device_options`, `gradient_options` and `seed` of
+            `compare_gradients`.
 
     Returns:
         A row for each device and method. What the planner refuses is skipped, and the row says why.
@@ -191,8 +176,6 @@ def assert_gradients_agree(
         AssertionError: naming device, method, encoding, which of the three is wrong, by how much, and where.
         ValueError: if a device or a method that was named could not be compared at all.
     """
-    options = dict(dtype=dtype, inputs=inputs, weights=weights, for_states=for_states, seed=seed)
-    options |= dict(device_options=device_options, gradient_options=gradient_options)
     found = compare_gradients(circuit, devices, methods, **options)
     wrong = found.of("differs")
     if wrong:
@@ -222,7 +205,23 @@ def compare_gradients(
     gradient_options: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> Comparisons:
-    """What `assert_gradients_agree` asserts, with the same arguments; differences are rows of the result."""
+    """What `assert_gradients_agree` asserts; here differences are rows of the result.
+
+    A batch of all inputs, of the first one alone, and of none are run. Gradients are those of a random linear function
+    of the values.
+
+    Args:
+        circuit: what is run.
+        devices: names of PennyLane devices; by default all simulators installed here.
+        methods: of differentiation; by default all.
+        dtype: of inputs and angles, float32 or float64; the folded circuit is computed in float64 always.
+        inputs: what is encoded, `(inputs, features)`; by default `awkward_inputs`.
+        weights: the angles, of `circuit.weight_shape`; by default drawn uniformly from [0, 2 pi).
+        for_states: compare final states instead of expectation values.
+        device_options: keyword arguments by device.
+        gradient_options: `Execution.gradient_options` by method.
+        seed: draws inputs, angles, the linear function, and the directions of spsa.
+    """
     if dtype not in TOLERANCES:
         raise ValueError(f"dtype must be torch.float32 or torch.float64; got {dtype}")
     methods = _listed(methods, METHODS)
