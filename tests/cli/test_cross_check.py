@@ -63,3 +63,15 @@ def test_mistakes_are_one_line(runs, capsys, options, message):
 def test_models_without_circuits(runs, capsys):
     assert main(["cross-check", "--checkpoint", str(runs / "classical")]) == 2
     assert "classical attention has no circuits to run" in capsys.readouterr().err
+
+
+def test_nan_is_no_agreement(runs, capsys, monkeypatch):
+    right = gradients.from_states
+
+    def broken(*arguments):
+        return [product * float("nan") for product in right(*arguments)]
+
+    monkeypatch.setattr(gradients, "from_states", broken)
+    pairs = ["--gradients", "default.qubit:adjoint", "--train_on", "default.qubit:backprop"]
+    assert main(["cross-check", "--checkpoint", str(runs / "qisa"), *SMALL, *pairs]) == 1
+    assert "MORE than rounding" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Circuits on devices from the command line: `model.execution.*` and `execution.*`."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from lightning_modules.checkpoints import read_checkpoint
 from lightning_modules.cli import Parser, main
 from lightning_modules.execution_options import OPTIONS, add_execution_options, execution_of
+from lightning_modules.executions import Executions
 from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import Execution, Noise
 
@@ -190,3 +192,26 @@ def test_checkpoints_do_not_know_the_execution(run):
     model.set_execution(Execution(executor="qnode", device="lightning.qubit"))
     assert model.to_plain() == plain
     assert list(model.state_dict()) == names
+
+
+def test_models_without_circuits_say_so(tmp_path, capsys):
+    where = ["--model.attention", "classical", "--model.execution.executor", "qnode"]
+    steps = ["--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path), "--run", "r"]
+    model = ["--model.num_layers", "1", "--model.embed_dim", "4", "--model.block_size", "5", "--data.eval_windows", "7"]
+    assert main(["fit", *where, *steps, *model]) == 0
+    assert "classical attention has none, so model.execution changes nothing" in capsys.readouterr().err
+
+
+def test_processes_share_the_budget_and_not_the_shots(run):
+    """What each of several processes makes of an execution, as Lightning sets a callback up."""
+    found = []
+    for rank in range(3):
+        model = LanguageModel.load_from_checkpoint(run / "checkpoints/last.ckpt")
+        model.set_execution(Execution(shots=5, seed=4, max_executions=100))
+        Executions().setup(SimpleNamespace(world_size=3, global_rank=rank), model, "fit")
+        found.append(model.execution)
+    assert [execution.seed for execution in found] == [12, 13, 14]
+    assert [execution.max_executions for execution in found] == [33] * 3
+    alone = LanguageModel.load_from_checkpoint(run / "checkpoints/last.ckpt")
+    Executions().setup(SimpleNamespace(world_size=1, global_rank=0), alone, "fit")
+    assert alone.execution == Execution()
