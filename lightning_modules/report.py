@@ -312,7 +312,7 @@ def attention_figure(result: RunResult) -> Figure | None:
             axes.set_axis_off()
         for head, (axes, one) in enumerate(zip(row, weights, strict=False)):
             _draw_map(axes, one, result.attention_labels)
-            title = name if len(weights) == 1 else f"{name}, head {head}"
+            title = name if len(weights) == 1 else f"{name}, head {head + 1}"
             axes.set_title(title, parse_math=False, color=INK, fontsize=10)
     return figure
 
@@ -482,7 +482,7 @@ class _InlineFigures:
 
 
 def _heads(figures: _InlineFigures, result: RunResult, layer: str, maps: torch.Tensor) -> list[tuple[str, Markup]]:
-    captions = [layer if len(maps) == 1 else f"{layer}, head {head}" for head in range(len(maps))]
+    captions = [layer if len(maps) == 1 else f"{layer}, head {head + 1}" for head in range(len(maps))]
     drawn = (_map_figure(one, result.attention_labels) for one in maps)
     return [
         (caption, figures.svg(figure, f"Attention weights of {result.title}, {caption}"))

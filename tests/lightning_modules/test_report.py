@@ -317,7 +317,7 @@ def test_attention_maps_have_queries_as_rows():
     assert image.norm(0.25) == pytest.approx(0.5) and image.origin == "upper"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["T", "o", "␣", "b", "e"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["T", "o", "␣", "b", "e"]
-    assert [a.get_title() for a in figure.axes] == ["first, head 0", "first, head 1", "second", ""]
+    assert [a.get_title() for a in figure.axes] == ["first, head 1", "first, head 2", "second", ""]
     assert attention_figure(RunResult("bare")) is None
 
 
