@@ -12,9 +12,11 @@ _MODULES = {
     "corpora": ("CORPORA", "Corpus", "load_corpus"),
     "data": ("TextDataModule",),
     "generation": ("generate", "stream"),
+    "guard": ("CausalityGuard", "NonCausalError"),
     "gpt": ("GPT", "PRESETS", "GPTConfig", "preset"),
     "language_model": ("LanguageModel",),
     "metrics": ("TextMetrics",),
+    "sources": ("Source",),
     "tokenizers": ("BPETokenizer", "CharTokenizer", "Tokenizer", "tokenizer_from_plain"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_modules import labels
 from lightning_modules.checkpoints import BEST, LAST, first_difference
 
 PROGRESS = ("ready", "started", "processed", "completed")
@@ -229,7 +230,8 @@ class RunCheckpoint(Checkpoint):
             signal.raise_signal(signum)
         self._signal = signum
         # A write to `sys.stderr` could come in the middle of another one.
-        os.write(2, b"\nqattn: stopping after this batch; once more to end at once\n")
+        text = labels.with_label("stopping after this batch; once more to end at once", labels.current())
+        os.write(2, f"\nqattn: {text}\n".encode())
 
     def _received(self, trainer: L.Trainer) -> int:
         return self._signal or (signal.SIGTERM if trainer.received_sigterm else 0)
@@ -328,7 +330,26 @@ class RichProgress(RichProgressBar):
         return {name: value for name, value in metrics.items() if name != "v_num"}
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch}".ljust(len(self.validation_description))
+        return self._labelled(f"Epoch {current_epoch}").ljust(len(self.validation_description))
+
+    @property
+    def sanity_check_description(self) -> str:
+        return self._labelled(super().sanity_check_description)
+
+    @property
+    def validation_description(self) -> str:
+        return self._labelled(super().validation_description)
+
+    @property
+    def test_description(self) -> str:
+        return self._labelled(super().test_description)
+
+    @property
+    def predict_description(self) -> str:
+        return self._labelled(super().predict_description)
+
+    def _labelled(self, text: str) -> str:
+        return labels.with_label(text, labels.label_of(self.trainer.lightning_module))
 
 
 class PlainProgress(ProgressBar):
@@ -354,4 +375,5 @@ class PlainProgress(ProgressBar):
         end = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         values = (f"{name} {float(value):.4f}" for name, value in trainer.progress_bar_metrics.items())
         seconds = time.monotonic() - self._begun
-        print(f"step {trainer.global_step}{end}: {', '.join(values)} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        line = f"step {trainer.global_step}{end}: {', '.join(values)} ({seconds:.0f} s)"
+        print(labels.with_label(line, labels.label_of(pl_module)), file=sys.stderr, flush=True)

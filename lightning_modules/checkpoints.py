@@ -82,6 +82,11 @@ def read_state(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[
     return content
 
 
+def rewrite(path: str | os.PathLike[str], **entries: Any) -> None:
+    """Puts entries into a checkpoint that is there."""
+    PlainCheckpointIO().save_checkpoint({**read_checkpoint(path), **entries}, path)
+
+
 def resolve(path: str | os.PathLike[str]) -> Path:
     """The file that a path means: itself, or for the folder of a run its best checkpoint, else its last one."""
     path = Path(path).expanduser()

@@ -22,6 +22,7 @@ from lightning_modules.checkpoints import resolve
 from lightning_modules.cli import COMMANDS, Parser
 from lightning_modules.files import atomic_write
 from lightning_modules.gpt import PRESETS, GPTConfig, preset
+from lightning_modules.guard import say_if_leaking
 from lightning_modules.inspection import (
     HeadCircuit,
     attentions_of,
@@ -31,6 +32,7 @@ from lightning_modules.inspection import (
     head_circuit,
     layer_input,
 )
+from lightning_modules.labels import label_of, with_label
 from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import ATTENTION, Attention, Mechanism
 from pennylane_qattn.openqasm import VERSIONS, measurement_settings, to_openqasm, word_bits
@@ -76,7 +78,9 @@ def draw(argv: list[str]) -> None:
     inputs = _vector(source, shown, options)[0] if wants_input else None
     tape = circuit_tape(shown, inputs, gates=options.level == "gates")
     figure = circuit_figure(tape, options.angles)
-    print(circuit_text(shown, tape, options.angles))
+    if label := label_of(source.model):
+        figure.suptitle(label)
+    print(with_label(circuit_text(shown, tape, options.angles), label))
     with atomic_write(options.output) as file:
         figure.savefig(file, format=suffix, bbox_inches="tight")
     print(f"\npicture: {options.output}")
@@ -104,12 +108,14 @@ def export_qasm(argv: list[str]) -> None:
     shown = _head(source, options)
     inputs, origin = _vector(source, shown, options)
     version = next(v for v in VERSIONS if v.startswith(options.version))
-    files = programs(shown, inputs, version, f"{options.checkpoint!a}, {shown}; {origin}")
+    title = with_label(f"{options.checkpoint!a}, {shown}; {origin}", label_of(source.model))
+    files = programs(shown, inputs, version, title)
     for name, text in files.items():
         with atomic_write(Path(options.output) / name, "w") as file:
             file.write(text)
     words = len(shown.circuit.words) if shown.measures_words else 0
-    print(f"{shown}; Pauli words: {words}, measurement settings: {len(files) - 2}")
+    line = f"{shown}; Pauli words: {words}, measurement settings: {len(files) - 2}"
+    print(with_label(line, label_of(source.model)))
     print(f"written to {options.output}: {', '.join(files)}")
 
 
@@ -391,8 +397,9 @@ def source_of(options: argparse.Namespace, all_attentions: bool = False) -> Circ
         if attention is not None:
             raise ValueError(f"a checkpoint has its own attention; leave --attention {attention} out, or give --preset")
         model = LanguageModel.load_from_checkpoint(resolve(options.checkpoint))
-        mechanism = model.attention
-        return CircuitSource(str(options.checkpoint), model.gpt.config, model, {mechanism.name: mechanism})
+        say_if_leaking(model, options.checkpoint)
+        mechanism, title = model.attention, with_label(str(options.checkpoint), model.label)
+        return CircuitSource(title, model.gpt.config, model, {mechanism.name: mechanism})
     config = preset(name)
     if attention is None and not all_attentions:
         raise ValueError(f"a preset is a size without an attention; give --attention, one of {', '.join(ATTENTION)}")

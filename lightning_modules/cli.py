@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from lightning_modules.execution_options import add_execution_options, execution_of
+from lightning_modules.labels import with_label
 
 #: What qattn answers for mistakes of the user.
 BAD_INPUT, FAILURE = 2, 1
@@ -65,6 +66,16 @@ COMMANDS: dict[str, Command] = {
         "lightning_modules.experiment:compare",
         "train the same model with several attentions, and report on them side by side",
         "qattn compare --config configs/quickstart.yaml",
+    ),
+    "merge": Command(
+        "lightning_modules.rows:merge",
+        "join the parts of a comparison that --shard made, and report on all of it",
+        "qattn merge runs/part-1 runs/part-2 --output runs/whole",
+    ),
+    "certify": Command(
+        "lightning_modules.certify_command:certify",
+        "certify that a model sees no later token, or show where it does: a checkpoint, or any torch module",
+        "qattn certify runs/qisa-16",
     ),
     "cross-check": Command(
         "lightning_modules.cross_check:cross_check",
@@ -171,7 +182,8 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("qattn: error: stopped by Ctrl-C", file=sys.stderr)
         return 130
-    print(f"qattn: error: {one_line(error)}", file=sys.stderr)
+    label = getattr(error, "label", "")  # of the run that it ended
+    print(f"qattn: error: {with_label(one_line(error), label)}", file=sys.stderr)
     if isinstance(error, SystemExit):
         return error.code
     return BAD_INPUT if _is_bad_input(error) else FAILURE
@@ -184,7 +196,7 @@ def _is_bad_input(error: BaseException) -> bool:
 
 def _is_told(error: BaseException) -> bool:
     """Whether its text alone says enough."""
-    return _is_bad_input(error) or type(error).__name__ == "ExecutionBudgetError"
+    return _is_bad_input(error) or type(error).__name__ in ("ExecutionBudgetError", "NonCausalError")
 
 
 #: What to do about errors of the operating system.
@@ -273,11 +285,13 @@ def generate(argv: list[str]) -> int:
 
     from lightning_modules.checkpoints import resolve
     from lightning_modules.executions import explain
+    from lightning_modules.guard import say_if_leaking
     from lightning_modules.language_model import LanguageModel
 
     device = _device(options.device)
     model = LanguageModel.load_from_checkpoint(resolve(options.checkpoint), map_location=device)
     model.set_execution(execution_of(options))
+    say_if_leaking(model, options.checkpoint)
     explain(model)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     sampling = {name: getattr(options, name) for name in names}

@@ -1,4 +1,4 @@
-"""The texts to learn from: two corpora by name, and any UTF-8 file.
+"""The texts to learn from: corpora by name, and any UTF-8 file.
 
 ``pydoc``
     The reference text about the Python language that every CPython carries in ``pydoc_data.topics`` (what
@@ -11,10 +11,15 @@
     known by its sha256. It is looked for in the folder of the option `data_dir`, in the folder that the
     environment variable ``QATTN_DATA`` names and in the cache, and downloaded to the cache otherwise. The
     cache is the folder that ``QATTN_CACHE`` names, or ``pennylane-qattn`` in the usual place of the platform.
+``markov``, ``hidden-markov``
+    Text of a random language whose entropy is known, drawn by the functions of the same names in
+    `lightning_modules.sources`. Options may stand behind a colon: ``markov:order=3,symbols=8,seed=1``; besides
+    theirs there is `length`, in characters. `Corpus.source_model` is the language itself.
 """
 
 import hashlib
 import http.client
+import inspect
 import os
 import platform
 import re
@@ -29,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .files import atomic_write
+from .sources import SOURCES, Source
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -36,17 +42,21 @@ SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
 TIMEOUT_SECONDS = 30
 
+#: Characters of the text of a source, unless told otherwise, and at most.
+LENGTH, MAX_LENGTH = 1_000_000, 100_000_000
+
 _REMEDY = f"put {SHAKESPEARE_FILE} into the folder that QATTN_DATA names"
 _RULES = re.compile(r"^[ \t]*[*=~^+|-][*=~^+| \t-]{2,}\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text, its name, and where it came from (for the record of a run)."""
+    """A text, its name, where it came from (for the record of a run), and the language that it was drawn from."""
 
     name: str
     text: str = field(repr=False)
     source: str
+    source_model: Source | None = field(default=None, repr=False, compare=False)
 
 
 def cache_dir() -> Path:
@@ -71,23 +81,55 @@ def load_corpus(
     """Read a corpus by name, or a text file by path.
 
     Args:
-        name_or_path: a name in `CORPORA`, else the path of a UTF-8 file, whose text is kept exactly as it is.
+        name_or_path: a name in `CORPORA`, for a source with options behind a colon if wanted; else the path of a
+            UTF-8 file, whose text is kept exactly as it is.
         data_dir: the folder that holds the files of named corpora; it goes before ``QATTN_DATA``.
         download: whether a corpus that is nowhere on this machine may be downloaded to the cache.
 
     Raises:
         ValueError: one line, saying what is wrong and what to do: an unknown name, a file that is missing,
-            empty or not UTF-8, a file or download with the wrong content, a failed download.
+            empty or not UTF-8, a file or download with the wrong content, a failed download, a wrong option.
     """
+    name, _, options = str(name_or_path).partition(":")
+    if name in SOURCES:
+        return _drawn(name, options)
     if (loader := CORPORA.get(str(name_or_path))) is not None:
         return loader(None if data_dir is None else Path(data_dir).expanduser(), download)
     path = Path(name_or_path).expanduser()
     if not os.path.exists(path):
         raise ValueError(
-            f"unknown corpus {str(name_or_path)!r}: there is no such file; choose from {', '.join(CORPORA)}, "
-            "or give the path of a UTF-8 text file"
+            f"unknown corpus {str(name_or_path)!r}: there is no such file; choose from {', '.join(CORPORA)} "
+            "(the last two also with options, as in markov:order=2,seed=1), or give the path of a UTF-8 text file"
         )
     return Corpus(path.name, _read_text(path), str(path))
+
+
+def _drawn(name: str, options: str) -> Corpus:
+    """A source's text; the options are `option=value`, with commas between."""
+    kinds = {option: parameter.annotation for option, parameter in inspect.signature(SOURCES[name]).parameters.items()}
+    kinds["length"] = int
+    values = {}
+    for part in options.split(",") if options else ():
+        option, is_given, value = (piece.strip() for piece in part.partition("="))
+        if option not in kinds or not is_given:
+            takes = f"it takes {', '.join(kinds)}, as in {name}:symbols=5,seed=1"
+            raise ValueError(f"{part!r} is no option of the corpus {name}; {takes}")
+        if option in values:
+            raise ValueError(f"the corpus {name} has two values for its option {option}; give one")
+        try:
+            values[option] = kinds[option](value)
+        except ValueError:
+            kind = "an integer" if kinds[option] is int else "a number"
+            raise ValueError(f"{option} of the corpus {name} must be {kind}; got {value!r}") from None
+    length = values.pop("length", LENGTH)
+    if not 1 <= length <= MAX_LENGTH:
+        raise ValueError(f"length of the corpus {name} must lie between 1 and {MAX_LENGTH}; got {length}")
+    try:
+        source = SOURCES[name](**values)
+    except ValueError as error:
+        raise ValueError(f"the corpus {name}: {error}") from None
+    description = f"{source.description},length={length} (entropy rate {source.entropy_rate:.4f} nats)"
+    return Corpus(name, source.sample_text(length), description, source)
 
 
 def _read_text(path: Path) -> str:
@@ -182,4 +224,9 @@ def _download(url: str, expected_bytes: int) -> bytes:
     return bytes(data)
 
 
-CORPORA: dict[str, Callable[[Path | None, bool], Corpus]] = {"pydoc": _pydoc, "shakespeare": _shakespeare}
+#: Loaders by name, of a folder for data and whether to download.
+CORPORA: dict[str, Callable[[Path | None, bool], Corpus]] = {
+    "pydoc": _pydoc,
+    "shakespeare": _shakespeare,
+    **{name: lambda data_dir, download, name=name: _drawn(name, "") for name in SOURCES},
+}

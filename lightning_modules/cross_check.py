@@ -20,6 +20,7 @@ from lightning_modules.checkpoints import resolve
 from lightning_modules.cli import COMMANDS, FAILURE, Parser
 from lightning_modules.data import Batch
 from lightning_modules.executions import executed, say
+from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel, cross_entropy
 from lightning_modules.training_cli import TrainingCLI
 from pennylane_qattn import CircuitFeatureMap, Execution
@@ -131,7 +132,8 @@ def _training(model: LanguageModel, batches: list[Batch], options: argparse.Name
     chunks = list(_chunks(batches, options.batch))[: options.steps]
     folded = _losses(model, Execution(executor="folded"), chunks)
     there = _losses(model, options.train_on.execution(), chunks)
-    table = Table("step", "folded", str(options.train_on), title="training loss, nats per token")
+    title = with_label("training loss, nats per token", model.label)
+    table = Table("step", "folded", str(options.train_on), title=title)
     for step, (one, other) in enumerate(zip(folded, there, strict=True), start=1):
         table.add_row(str(step), f"{one:.12f}", f"{other:.12f}")
     console.print(table)
@@ -163,7 +165,7 @@ def _losses(model: LanguageModel, execution: Execution, batches: Sequence[Batch]
 def _evaluation(model: LanguageModel, batches: list[Batch], options: argparse.Namespace, console: Console) -> float:
     chunk = next(_chunks(batches, options.windows))
     exact = _cross_entropy(model, Execution(executor="folded"), chunk)
-    title = f"cross-entropy of {len(chunk[0])} windows, nats per token"
+    title = with_label(f"cross-entropy of {len(chunk[0])} windows, nats per token", model.label)
     table = Table("executor", "cross-entropy", "minus folded", title=title)
     table.add_row("folded", f"{exact:.12f}", "")
     differences = []
@@ -188,13 +190,14 @@ def _gradients(model: LanguageModel, batches: list[Batch], options: argparse.Nam
     window = next(_chunks(batches, 1))
     reference, embedding = _gradient(model, Execution(executor="folded"), window)
     angles = [f"angle {number}" for number in range(1, min(SHOWN, len(reference)) + 1)]
+    title = "gradient of one window's loss by angles of the first circuit, and largest differences from folded"
     table = Table(
         Column("device", no_wrap=True),
         Column("method", no_wrap=True),
         *angles,
         "angles",
         "embeddings",
-        title="gradient of one window's loss by angles of the first circuit, and largest differences from folded",
+        title=with_label(title, model.label),
     )
     table.add_row("folded", "", *_shown(reference), "", "")
     counted = []
@@ -231,7 +234,10 @@ def _gradient(model: LanguageModel, execution: Execution, window: Batch) -> tupl
     model.zero_grad()
     cross_entropy(model.gpt(window[0]), window[1]).backward()
     _say_executions(model, execution, "one window's gradient")
-    return torch.cat([part.weights.grad.flatten() for part in _maps(model)]), model.gpt.token_embedding.weight.grad
+    angles = [
+        part.weights.grad if part.weights.requires_grad else torch.zeros_like(part.weights) for part in _maps(model)
+    ]
+    return torch.cat([gradient.flatten() for gradient in angles]), model.gpt.token_embedding.weight.grad
 
 
 def _say_executions(model: LanguageModel, execution: Execution, what: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .corpora import load_corpus
+from .sources import Source
 from .tokenizers import TOKENIZERS, BPETokenizer, CharTokenizer, Tokenizer
 
 Batch = tuple[Int64[Tensor, "batch seq"], Int64[Tensor, "batch seq"]]
@@ -193,7 +194,8 @@ class TextDataModule(L.LightningDataModule):
     training split. `predict` sees the test windows.
 
     Args:
-        corpus: pydoc, shakespeare, or the path of a UTF-8 text file.
+        corpus: pydoc, shakespeare, markov or hidden-markov (random languages of known entropy, with options as in
+            markov:order=2,symbols=8,seed=1,length=1000000), or the path of a UTF-8 text file.
         data_dir: Folder that holds tinyshakespeare.txt; without it the folder that QATTN_DATA names, the
             user's cache, and a download are tried.
         tokenizer: char, bpe (trained on the training split), the path of a tokenizer.json, the path of a
@@ -277,10 +279,15 @@ class TextDataModule(L.LightningDataModule):
         fractions = train_fraction, val_fraction
         cuts = _published_cuts(len(text)) if published_split else _cuts(len(text), *fractions)
         texts = {name: text[cut] for name, cut in cuts.items()}
-        self.tokenizer = _build_tokenizer(tokenizer, text, texts["training"], bpe_vocab_size)
+        # A source has all its symbols in the vocabulary, also those too rare for a short text.
+        characters = text + (self.corpus.source_model.symbols if self.corpus.source_model else "")
+        self.tokenizer = _build_tokenizer(tokenizer, characters, texts["training"], bpe_vocab_size)
         tokens = {name: self._tokens(name, text) for name, text in texts.items()}
         self._check_lengths({name: len(split) for name, split in tokens.items()})
         self.splits = {name: self._windows(name, split) for name, split in tokens.items()}
+        #: The language that the corpus was drawn from, with the ids of the tokenizer. None for other texts, and for
+        #: BPE, whose tokens are no symbols of the source.
+        self.source = _with_ids_of(self.tokenizer, self.corpus.source_model)
 
     def _tokens(self, split: str, text: str) -> Int[Tensor, " length"]:
         try:
@@ -354,6 +361,12 @@ def _published_cuts(length: int) -> dict[str, slice]:
         "validation": slice(train_end, first),
         "test": slice(test_start, length),
     }
+
+
+def _with_ids_of(tokenizer: Tokenizer, source: Source | None) -> Source | None:
+    if source is None or not isinstance(tokenizer, CharTokenizer):
+        return None
+    return source.reordered(tokenizer.decode(range(tokenizer.vocab_size)))
 
 
 def _build_tokenizer(choice: str | Tokenizer, text: str, train_text: str, bpe_vocab_size: int) -> Tokenizer:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
+from lightning_modules import labels
 from lightning_modules.language_model import LanguageModel, planned_steps
 from pennylane_qattn import Execution
 from pennylane_qattn.execution import executors
@@ -105,5 +106,5 @@ def costs(module: nn.Module) -> bool:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """One line on stderr, in the name of the command."""
-    print(f"qattn: {text}", file=sys.stderr)
+    """One line on stderr, in the name of the command and with the label of the run."""
+    print(f"qattn: {labels.with_label(text, labels.current())}", file=sys.stderr)

@@ -35,7 +35,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     first_row: int = 0,
-    use_cache: bool = True,
+    use_cache: bool | None = None,
     on_token: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt by `max_new_tokens` tokens and returns prompt and continuation.
@@ -50,12 +50,13 @@ def generate(
         seed: of the random draws.
         first_row: number of the first prompt. Each row is drawn from a generator seeded by the seed and its
             number, so a long list of prompts may be split over several calls.
-        use_cache: remember keys and values rather than recompute the window; the text is the same.
+        use_cache: remember keys and values rather than recompute the window; the text is the same. `None`: where
+            the model's attention has a cache.
         on_token: called after every step with the new token of each row.
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, an option outside its range, or a
-            model whose logits are not finite.
+            model whose logits are not finite; for a cache asked of a model that has none.
     """
     steps = stream(
         model,
@@ -87,7 +88,7 @@ def stream(
     top_p: float | None = None,
     seed: int = 0,
     first_row: int = 0,
-    use_cache: bool = True,
+    use_cache: bool | None = None,
 ) -> Iterator[list[int]]:
     """The tokens of `generate` as they come: in each step one list with the new token of each row.
 
@@ -104,6 +105,11 @@ def stream(
         raise ValueError(f"top_k must be at least 1; got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
+
+    has_cache = all(getattr(block.attention, "has_cache", True) for block in model.blocks)
+    if use_cache and not has_cache:
+        raise ValueError("this model's attention has no key/value cache; leave use_cache out, or give use_cache=False")
+    use_cache = has_cache if use_cache is None else use_cache
 
     def draws(row: int) -> list[float]:
         generator = random.Random(f"{seed}/{first_row + row}")  # the same stream on every platform

@@ -1,6 +1,5 @@
 """Looking into a trained model: attention maps of a text, its circuits, whether it sees the future."""
 
-import copy
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 from lightning_modules.gpt import GPT
 from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import Attention, Circuit, CircuitFeatureMap, StateFeatureMap
-from pennylane_qattn.causality import largest_leak
+from pennylane_qattn.causality import certify
+from pennylane_qattn.features import circuit_within
 from pennylane_qattn.gates import EncodingBox, ansatz_operations, encoding_operations
 from pennylane_qattn.observables import group_words, to_pennylane
 
@@ -90,8 +90,8 @@ def head_circuit(attention: Attention, layer: int, head: int = 1, map: str | Non
     Raises:
         ValueError: if there is no such head, or no circuit.
     """
-    found = {name: getattr(attention, f"{name}_map") for name in ("value", "query", "key")}
-    found = {name: m for name, m in found.items() if isinstance(m, CircuitFeatureMap)}
+    found = {name: circuit_within(getattr(attention, f"{name}_map")) for name in ("value", "query", "key")}
+    found = {name: m for name, m in found.items() if m is not None}
     if not found:
         raise ValueError(f"{attention.name} attention has no circuits; choose one that has, such as qisa")
     if map is not None and map not in found:
@@ -227,19 +227,5 @@ def circuit_drawing(model: LanguageModel) -> Figure | None:
 
 
 def is_causal(gpt: GPT, seed: int = 0) -> bool:
-    """Whether changing any token of a random text leaves all logits before it as they were, to the last bit.
-
-    Computed on a float64 copy in evaluation mode.
-    """
-    size, length = gpt.config.vocab_size, max(2, gpt.config.block_size)
-    if gpt.config.block_size < 2 or size < 2:
-        return True  # there is no future within one token, or no other token
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(size, (length,), generator=generator)
-    others = (tokens + torch.randint(1, size, (length,), generator=generator)) % size
-    precise = copy.deepcopy(gpt).cpu().double().eval()
-
-    def forward(batch: Tensor) -> Tensor:
-        return precise(batch)
-
-    return largest_leak(forward, tokens, others) == 0.0
+    """Whether its certificate says that it is causal."""
+    return certify(gpt, seed=seed).passes

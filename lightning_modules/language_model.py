@@ -18,7 +18,9 @@ from lightning_modules import checkpoints
 from lightning_modules.data import Batch
 from lightning_modules.generation import generate, stream
 from lightning_modules.gpt import GPT, GPTConfig, preset
-from lightning_modules.metrics import TextMetrics
+from lightning_modules.labels import LEAKS, leaks
+from lightning_modules.metrics import TextMetrics, below_optimum
+from lightning_modules.sources import Source
 from lightning_modules.tokenizers import Tokenizer, tokenizer_from_plain
 from pennylane_qattn import ATTENTION, QISA, Execution, Mechanism, set_execution
 
@@ -75,7 +77,8 @@ class LanguageModel(L.LightningModule):
 
     Its checkpoints hold all there is to it (`load_from_checkpoint`). Logged are `train_loss`, `learning_rate`,
     `grad_norm` (before clipping) and `train_characters_per_second`, and of validation and test what `TextMetrics`
-    computes, with the cross-entropy, in nats per token, under the names `val_loss` and `test_loss`.
+    computes, with the cross-entropy, in nats per token, under the names `val_loss` and `test_loss`. Where the language
+    of the text is known (`TextDataModule.source`), these are also `val_optimum`, `val_excess` and `val_excess_error`.
 
     Args:
         tokenizer: turns text into token ids; on the command line it comes from the data.
@@ -148,6 +151,10 @@ class LanguageModel(L.LightningModule):
         self.metrics = nn.ModuleDict({"val": TextMetrics(tokenizer, text_windows=1024), "test": TextMetrics(tokenizer)})
         #: Cross-entropy (T,) at each position of the window, of the latest validation and test.
         self.cross_entropy_per_position: dict[str, Tensor] = {}
+        #: The lowest that can be had on average in the same windows, where the language of the text is known.
+        self.optimum_per_position: dict[str, Tensor] = {}
+        #: Its latest certificate of causality, as plain data; checkpoints keep it.
+        self.causality: dict[str, Any] | None = None
         self._clock, self._tokens = _Stopwatch(), 0
         #: The step at which the schedule of the learning rate ends; known when training starts.
         self.total_steps: float | None = None
@@ -158,6 +165,11 @@ class LanguageModel(L.LightningModule):
         #: For every circuit feature map what runs it, and why.
         self.plans = set_execution(self.gpt, execution)
         self.execution = execution
+
+    @property
+    def label(self) -> str:
+        """`"LEAKS"` if the model is known to see later tokens, by its certificate or by construction; else `""`."""
+        return LEAKS if leaks(self.causality) or getattr(self.attention, "is_published", False) else ""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `(batch, seq, vocab)` of the token that follows each of `tokens` `(batch, seq)`."""
@@ -257,8 +269,7 @@ class LanguageModel(L.LightningModule):
         self.metrics["val"].reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        inputs, targets = batch
-        self.metrics["val"].update(self.gpt(inputs), targets)
+        self._evaluate("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -267,25 +278,42 @@ class LanguageModel(L.LightningModule):
         self.metrics["test"].reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        inputs, targets = batch
-        self.metrics["test"].update(self.gpt(inputs), targets)
+        self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
 
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        inputs, targets = batch
+        source = getattr(self.trainer.datamodule, "source", None)
+        optimal = source.cross_entropy(inputs, targets) if isinstance(source, Source) else None
+        self.metrics[stage].update(self.gpt(inputs), targets, optimal)
+
     def _log_metrics(self, stage: str) -> None:
         values = self.metrics[stage].compute()
+        self.optimum_per_position.pop(stage, None)
+        if "excess" in values:
+            self.optimum_per_position[stage] = values.pop("optimum_per_position").reshape(-1).cpu()
         per_position = values.pop("cross_entropy_per_position").reshape(-1).cpu()  # torchmetrics drops a single axis
         self.cross_entropy_per_position[stage] = per_position
         self.log(f"{stage}_loss", values.pop("cross_entropy"), prog_bar=True)
         self.log_dict({f"{stage}_{name}": value for name, value in values.items()})
         if self.trainer.sanity_checking:
             return
+        if "excess" in values:
+            self._compare_with_optimum(stage, float(values["excess"]), float(values["excess_error"]))
         row = {f"position_{i:04}": value for i, value in enumerate(per_position.tolist())}
         for logger in self.trainer.loggers:
             if hasattr(logger, "log_row"):
                 step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
                 logger.log_row(f"{stage}_cross_entropy_per_position", row, step)
+
+    def _compare_with_optimum(self, stage: str, excess: float, error: float) -> None:
+        from lightning_modules.executions import say  # which imports this module
+
+        if below_optimum(excess, error, windows=self.metrics[stage].excess.windows):
+            below = f"{-excess:.4f} nats (standard error {error:.4f}) below the least that a causal model can have"
+            say(f"{stage}_loss is {below}, so the model {LEAKS}")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """For each window a dict of `input` and `target` text, the most likely next tokens as text (`argmax`), and
@@ -365,6 +393,7 @@ class LanguageModel(L.LightningModule):
             with torch.random.fork_rng(devices=[]):
                 model = cls.from_plain(content["hyper_parameters"])
             checkpoints.load_weights(model, content["state_dict"])
+            model._take_certificate(content)
         except (KeyError, TypeError) as error:
             reason = f"its description of the model is not complete ({type(error).__name__}: {error})"
             raise ValueError(f"cannot rebuild the model of {str(path)!r}: {reason}") from error
@@ -375,6 +404,8 @@ class LanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.to_plain()
         checkpoint["schedule_steps"] = self.total_steps
+        if self.causality is not None:
+            checkpoint["causality"] = self.causality
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to continue a run with another model: ValueError naming the first difference."""
@@ -384,6 +415,11 @@ class LanguageModel(L.LightningModule):
             )
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._continued_steps = checkpoint.get("schedule_steps")
+        self._take_certificate(checkpoint)
+
+    def _take_certificate(self, checkpoint: dict[str, Any]) -> None:
+        certificate = checkpoint.get("causality")
+        self.causality = certificate if isinstance(certificate, dict) else None
 
 
 def planned_steps(trainer: L.Trainer, train_dataloader: Callable[[], Sized]) -> float:

@@ -1,7 +1,8 @@
 """The record of a run as CSV files that a continued run goes on with.
 
 Lightning's `CSVLogger` deletes what it finds. Here, rows up to the step at which the run is continued stay, and those
-that the interrupted run wrote after its last checkpoint are dropped, since the continued run writes them again.
+that the interrupted run wrote after its last checkpoint are dropped, since the continued run writes them again. In a
+run with a label, as LEAKS, every row of every table has it in the column `causality`.
 """
 
 import csv
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.files import atomic_write
+
+#: The column of the label.
+LABEL = "causality"
 
 
 class _Rows(ExperimentWriter):
@@ -29,6 +33,7 @@ class _Rows(ExperimentWriter):
     def __init__(self, log_dir: str, name: str, resume_step: int | None):
         self.NAME_METRICS_FILE = name
         self.resume_step = -1 if resume_step is None else resume_step
+        self.label = ""
         self._is_open = False
         super().__init__(log_dir)
 
@@ -39,7 +44,15 @@ class _Rows(ExperimentWriter):
         if self.metrics and not self._is_open:
             self._keep_earlier_rows()
             self._is_open = True
+        if self.label:
+            self.metrics = [{**row, LABEL: self.label} for row in self.metrics]
         super().save()
+
+    def relabel(self, label: str) -> None:
+        """From now on every row has the label, those that are written already too."""
+        self.label = label
+        if self._is_open:
+            self._rewrite_with_new_header(self.metrics_keys)
 
     def _keep_earlier_rows(self) -> None:
         path = Path(self.metrics_file_path)
@@ -64,6 +77,9 @@ class _Rows(ExperimentWriter):
             self._write(list(csv.DictReader(file)))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
+        if self.label:
+            rows = [{**row, LABEL: self.label} for row in rows]
+            self.metrics_keys = sorted({*self.metrics_keys, LABEL})
         with atomic_write(self.metrics_file_path, "w") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
@@ -82,7 +98,19 @@ class RunCSVLogger(CSVLogger):
         folder = Path(folder)
         super().__init__(str(folder.parent), name="", version=folder.name)
         self.resume_step = resume_step
+        self._label = ""
         self._tables: dict[str, _Rows] = {}
+
+    @property
+    def label(self) -> str:
+        """What stands in the column `causality` of every row; without it there is no such column."""
+        return self._label
+
+    @label.setter
+    def label(self, label: str) -> None:
+        self._label = label
+        for table in self._tables.values():
+            table.relabel(label)
 
     @property
     @rank_zero_experiment
@@ -99,6 +127,7 @@ class RunCSVLogger(CSVLogger):
     def _table(self, name: str) -> _Rows:
         if name not in self._tables:
             self._tables[name] = _Rows(self.log_dir, f"{name}.csv", self.resume_step)
+            self._tables[name].label = self._label
         return self._tables[name]
 
     @rank_zero_only
@@ -108,3 +137,13 @@ class RunCSVLogger(CSVLogger):
 
     def finalize(self, status: str) -> None:
         self.save()
+
+
+def set_label(logger: Logger, label: str) -> None:
+    """Has a logger write the label from now on: in a column of its tables, else in front of every name."""
+    if isinstance(logger, RunCSVLogger):
+        logger.label = label
+        return
+    prefix = getattr(logger, "_prefix", None) or ""  # what the loggers of Lightning put in front
+    if label not in prefix.split("-"):
+        logger._prefix = f"{label}-{prefix}" if prefix else label

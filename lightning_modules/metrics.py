@@ -10,6 +10,9 @@ With logits :math:`z` of a window, targets :math:`y` and :math:`\ell_t = -\log \
 - character error rate (CER), word error rate (WER) and BLEU of the teacher-forced argmax text of each window
   against its target text, from torchmetrics. CER and WER divide the edits of all windows by the characters or
   words of all targets. A window cuts words at its ends, and the pieces count as words.
+
+Where the language of the text is known (`lightning_modules.sources`), so is the lowest cross-entropy that any predictor
+of these windows can have on average. What a model has above it is its excess (`Excess`).
 """
 
 import math
@@ -21,6 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import BLEUScore, CharErrorRate, WordErrorRate
+from torchmetrics.utilities import dim_zero_cat
+
+#: Groups of consecutive windows that the standard error of an excess comes from.
+FEWEST_GROUPS, MOST_GROUPS = 16, 64
+#: A model below the optimum by more standard errors than these, in no fewer windows, and by more nats, sees the future.
+STANDARD_ERRORS, FEWEST_WINDOWS, ROUNDING = 5.0, 64, 1e-6
 
 
 class Decoder(Protocol):
@@ -95,12 +104,10 @@ class WindowCrossEntropy(Metric):
         self.add_state("counts", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("characters", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, targets: Tensor, characters: int) -> None:
-        """Add logits (B, T, V) and targets (B, T) whose tokens decode to so many characters in all."""
-        precise = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(precise.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    def update(self, losses: Tensor, characters: int) -> None:
+        """Add cross-entropies (B, T), in nats, of targets that decode to so many characters in all."""
         per_position = losses.to(self.sums.device).double().sum(dim=0)
-        counts = torch.full_like(per_position, len(targets), dtype=torch.int64)
+        counts = torch.full_like(per_position, len(losses), dtype=torch.int64)
         longest = max(len(self.sums), len(per_position))
         self.sums = _padded(self.sums, longest) + _padded(per_position, longest)
         self.counts = _padded(self.counts, longest) + _padded(counts, longest)
@@ -120,8 +127,124 @@ class WindowCrossEntropy(Metric):
         }
 
 
+class Excess(Metric):
+    r"""Cross-entropy of a model above the optimum, over the same windows, with its standard error.
+
+    The error is that of batch means. Windows come in the order of the text and may share tokens, and the text has a
+    memory, so that their differences are not independent; means over groups of consecutive windows nearly are. With
+    sums :math:`D_g` of the differences of the :math:`n_g` tokens of group g of G, and the excess
+    :math:`e = \sum D_g / \sum n_g`, its error is
+
+    .. math:: \sqrt{\tfrac{G}{G - 1} \sum_g (D_g - e n_g)^2} \Big/ \sum_g n_g.
+
+    There are up to 64 groups. They hold 2T windows at least, where that leaves 16 of them: each of the windows that
+    begin at neighbouring tokens has T - 1 tokens in common with the next. Fewer windows give fewer groups, and an error
+    that is itself less certain; of a single window there is none (NaN).
+
+    The result does not depend on how the windows were split into batches (up to float64 rounding). Several processes
+    are taken to have shared out each batch in turns, as `lightning_modules.data.Batches` does.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    differences: list[Tensor]
+    lengths: list[Tensor]
+    places: list[Tensor]
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        for name in ("differences", "lengths", "places"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("sums", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
+
+    @property
+    def windows(self) -> int:
+        """The number of windows of this process since the last `reset`."""
+        return sum(map(len, self.lengths))
+
+    def update(self, losses: Tensor, optimal: Tensor) -> None:
+        """Add windows, which follow those before in the text.
+
+        Args:
+            losses: (B, T) cross-entropies of the model in nats.
+            optimal: (B, T) those of the best predictor, `lightning_modules.sources.Source.cross_entropy`.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        if losses.ndim != 2 or losses.shape != optimal.shape:
+            shapes = f"{tuple(losses.shape)} and {tuple(optimal.shape)}"
+            raise ValueError(f"losses and optimal must both be (windows, T); got {shapes}")
+        losses, optimal = (values.detach().to(self.sums.device).double() for values in (losses, optimal))
+        windows, length = losses.shape
+        first = self.windows
+        self.differences.append((losses - optimal).sum(1))
+        self.lengths.append(torch.full((windows,), length, device=self.sums.device))
+        self.places.append(torch.arange(first, first + windows, device=self.sums.device))
+        longest = max(len(self.sums), length)
+        self.sums = _padded(self.sums, longest) + _padded(optimal.sum(0), longest)
+        counts = torch.full((length,), windows, device=self.sums.device)
+        self.counts = _padded(self.counts, longest) + _padded(counts, longest)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Of all windows since the last `reset`, over all processes, as float64 tensors.
+
+        Returns:
+            Scalars ``optimum``, ``excess`` and ``excess_error``, in nats per token, and ``optimum_per_position``, (T,).
+
+        Raises:
+            ValueError: if there was no window.
+        """
+        if not int(self.counts.sum()):
+            raise ValueError("no windows to compute the excess of; call update(losses, optimal) first")
+        # Window i of each process belongs beside window i of the others.
+        order = dim_zero_cat(self.places).argsort(stable=True)
+        differences, lengths = (dim_zero_cat(values)[order] for values in (self.differences, self.lengths))
+        excess = differences.sum() / lengths.sum()
+        groups = _number_of_groups(len(order), int(lengths.max()))
+        group = torch.arange(len(order), device=order.device) * groups // len(order)
+        residuals = differences.new_zeros(groups).index_add_(0, group, differences - excess * lengths)
+        variance = residuals.square().sum() * groups / (groups - 1) if groups > 1 else excess * math.nan
+        return {
+            "optimum": self.sums.sum() / self.counts.sum(),
+            "excess": excess,
+            "excess_error": variance.sqrt() / lengths.sum(),
+            "optimum_per_position": self.sums / self.counts,
+        }
+
+
+def _number_of_groups(windows: int, length: int) -> int:
+    return min(windows, max(FEWEST_GROUPS, min(MOST_GROUPS, windows // (2 * length))))
+
+
+def below_optimum(excess: float, excess_error: float, windows: int | None = None) -> bool:
+    """Whether a model is so far below the optimum that it must have seen what it predicts.
+
+    Args:
+        excess: nats per token, as `Excess` computes it.
+        excess_error: its standard error.
+        windows: if given, fewer than 64 of them, whose error is too uncertain, are no sign of anything.
+
+    Returns:
+        True if the excess is negative by more than 5 standard errors, and more than float32 may have rounded.
+    """
+    if windows is not None and windows < FEWEST_WINDOWS:
+        return False
+    return excess < -(STANDARD_ERRORS * excess_error + ROUNDING)
+
+
 def _padded(values: Tensor, length: int) -> Tensor:
     return F.pad(values, (0, length - len(values)))
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies (B, T) in nats, in float32 at least."""
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(precise.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 class TextMetrics(nn.Module):
@@ -147,15 +270,18 @@ class TextMetrics(nn.Module):
         self.tokenizer = tokenizer
         self.text_windows = text_windows
         self.likelihood = WindowCrossEntropy()
+        self.excess = Excess()
         self.text = text_scores()
         self._text_seen = 0
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
+    def update(self, logits: Tensor, targets: Tensor, optimal: Tensor | None = None) -> None:
         """Add a batch of windows.
 
         Args:
             logits: (B, T, V) scores of the next token, any floating dtype.
             targets: (B, T) ids of the true next tokens.
+            optimal: (B, T) lowest cross-entropies that can be had on average; where they are known, give them with
+                every batch.
 
         Raises:
             ValueError: if the shapes do not belong together.
@@ -164,7 +290,10 @@ class TextMetrics(nn.Module):
             shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
             raise ValueError(f"logits must be (windows, T, vocabulary) and targets (windows, T); got {shapes}")
         references = [self.tokenizer.decode(ids) for ids in targets.tolist()]
-        self.likelihood.update(logits.detach(), targets, sum(map(len, references)))
+        losses = _losses(logits.detach(), targets)
+        if optimal is not None:
+            self.excess.update(losses, optimal)
+        self.likelihood.update(losses, sum(map(len, references)))
         room = len(references) if self.text_windows is None else self.text_windows - self._text_seen
         if references[:room]:
             argmax = logits[:room].argmax(dim=-1).tolist()
@@ -177,13 +306,14 @@ class TextMetrics(nn.Module):
         Returns:
             Scalars ``cross_entropy`` (nats per token), ``bits_per_character``, ``perplexity``, ``cer``,
             ``wer`` and ``bleu`` (fractions; WER is NaN where no target holds a word), and
-            ``cross_entropy_per_position``, (T,) in nats.
+            ``cross_entropy_per_position``, (T,) in nats; where the optimum is known, also what `Excess.compute` gives.
 
         Raises:
             ValueError: if there was no window.
         """
         likelihood = self.likelihood.compute()
-        return {**likelihood, **self.text.compute()}
+        excess = self.excess.compute() if self.excess.windows else {}
+        return {**likelihood, **self.text.compute(), **excess}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Sums follow the model to its device, not to its precision: bfloat16 could not even count to 1,000.
@@ -197,5 +327,6 @@ class TextMetrics(nn.Module):
     def reset(self) -> None:
         """Forget all windows."""
         self.likelihood.reset()
+        self.excess.reset()
         self.text.reset()
         self._text_seen = 0

@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_modules.labels import with_label
 from lightning_modules.report import FONT, INK, SERIES, _axes, _plain, _png
 
 #: Kinds of noise, named as in `pennylane_qattn.Noise`.
@@ -192,11 +193,13 @@ def fit_bias(points: Sequence[Point]) -> Fit | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep found: the exact cross-entropy, a point for every condition, and the fit of the bias."""
+    """What a sweep found: the exact cross-entropy, a point for every condition, the fit of the bias, and the label of
+    the model, as LEAKS."""
 
     exact: float
     points: list[Point]
     fit: Fit | None
+    label: str = ""
 
     @classmethod
     def of(cls, exact: float, rows: Sequence[Row]) -> Self:
@@ -215,7 +218,8 @@ class Summary:
     def to_plain(self) -> dict[str, Any]:
         """Numbers for JSON."""
         fit = None if self.fit is None else asdict(self.fit)
-        return _plain({"exact": self.exact, "points": [asdict(point) for point in self.points], "fit": fit})
+        label = {"causality": self.label} if self.label else {}
+        return _plain({"exact": self.exact, "points": [asdict(point) for point in self.points], "fit": fit, **label})
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -224,7 +228,7 @@ class Summary:
 def print_summary(summary: Summary, console: Console) -> None:
     """Tables of shots and of noise, and the fit."""
     if points := summary.of_kind("shots"):
-        table = _table("Finite shots")
+        table = _table(with_label("Finite shots", summary.label))
         names = ("shots", "nats/token", "bias", "error of <P>", "expected", "inside", "executions", "seconds")
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
@@ -242,7 +246,7 @@ def print_summary(summary: Summary, console: Console) -> None:
             console.print(line)
     noisy = [point for kind in NOISES for point in summary.of_kind(kind)]
     if noisy:
-        table = _table("Noise")
+        table = _table(with_label("Noise", summary.label))
         for name in ("noise", "strength", "nats/token", "change", "executions", "seconds"):
             table.add_column(name, justify="left" if name == "noise" else "right", no_wrap=True)
         for p in noisy:
@@ -315,6 +319,8 @@ def sweep_figure(summary: Summary) -> Figure:
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     for number, draw in enumerate(panels, 1):
         draw(figure, (rows, columns, number), summary)
+    if summary.label:
+        figure.suptitle(summary.label, color=INK)
     return figure
 
 

@@ -29,7 +29,9 @@ from lightning_modules.data import Batch
 from lightning_modules.executions import executed, needed, say
 from lightning_modules.files import atomic_write
 from lightning_modules.inspection import attentions_of
+from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel, cross_entropy
+from lightning_modules.loggers import LABEL
 from lightning_modules.noise_report import NOISES, Row, Summary, print_summary, sweep_picture
 from lightning_modules.training_cli import TrainingCLI, check_writable
 from pennylane_qattn import CircuitFeatureMap, Execution, Noise
@@ -52,7 +54,7 @@ def noise_sweep(argv: list[str]) -> None:
     examples = {condition.kind: condition for condition in plan}
     needs = {kind: subject.needs(condition.execution(options)) for kind, condition in examples.items()}
     settings = _settings(options, subject)
-    table = Rows(folder / f"{NAME}.csv")
+    table = Rows(folder / f"{NAME}.csv", subject.model.label)
     done = {} if options.overwrite else _begun(folder, table, settings)
     left = [condition for condition in plan if condition not in done]
     _announce(plan, left, needs, options)
@@ -65,7 +67,7 @@ def noise_sweep(argv: list[str]) -> None:
         row = done[condition] = subject.evaluate(condition, options)
         table.add(row)
         say(f"{condition}: cross-entropy {row.cross_entropy:.5f}, {row.executions:,} executions, {row.seconds:.1f} s")
-    summary = Summary.of(subject.exact, [done[condition] for condition in plan])
+    summary = replace(Summary.of(subject.exact, [done[c] for c in plan]), label=subject.model.label)
     facts = _facts(subject, plan, needs, done)
     _write_json(folder, {"settings": settings, **facts, **summary.to_plain()})
     with atomic_write(folder / f"{NAME}.png") as file:
@@ -309,12 +311,15 @@ class Rows:
 
     Args:
         path: the file.
+        label: stands in a column of its own in every row, where there is one.
     """
 
     columns = [field.name for field in fields(Row)]
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, label: str = ""):
         self.path = path
+        self.label = {LABEL: label} if label else {}
+        self.columns = [*type(self).columns, *self.label]
 
     def begin(self) -> None:
         """A new file without rows."""
@@ -323,7 +328,7 @@ class Rows:
     def add(self, row: Row) -> None:
         """One row more."""
         with open(self.path, "a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row.to_csv())
+            csv.DictWriter(file, self.columns).writerow(row.to_csv() | self.label)
             file.flush()
             os.fsync(file.fileno())
 
@@ -339,7 +344,7 @@ class Rows:
             reader = csv.DictReader(complete.splitlines())
             if reader.fieldnames != self.columns:
                 raise ValueError("other columns")
-            rows = [Row.from_csv(row) for row in reader]
+            rows = [Row.from_csv({name: row[name] for name in type(self).columns}) for row in reader]
         except (ValueError, TypeError):
             raise ValueError(
                 f"{str(self.path)!r} holds no rows of a sweep; give another --output, or --overwrite"
@@ -352,7 +357,7 @@ class Rows:
         with atomic_write(self.path, "w") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(row.to_csv() for row in rows)
+            writer.writerows(row.to_csv() | self.label for row in rows)
 
 
 def _settings(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
@@ -413,7 +418,8 @@ def _print(console: Console, subject: Subject, facts: dict[str, Any], summary: S
     sampling, exact = facts["executions_per_token_sampling"], facts["executions_per_token_exact"]
     each = [f"{sampling:,} when sampling"] if sampling else []
     each += [f"{exact:,} with exact values"] if exact else []
-    console.print(f"windows: {subject.windows}, tokens: {subject.tokens:,}, exact: {subject.exact:.5f} nats/token")
+    line = f"windows: {subject.windows}, tokens: {subject.tokens:,}, exact: {subject.exact:.5f} nats/token"
+    console.print(with_label(line, summary.label))
     console.print(f"circuits: {facts['circuits']}, measurement settings per circuit: {span}")
     console.print(f"executions per token: {', '.join(each)}")
     console.print(f"executions: {facts['executions']:,} in {facts['seconds']:.1f} s")

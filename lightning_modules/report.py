@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .files import atomic_write
+from .labels import LEAKS, with_label
 from .metrics import describe_bleu
 
 
@@ -37,7 +38,7 @@ class RunResult:
 
     Attributes:
         name: short and unique among the results reported together; part of file names.
-        title: how the run is called in tables and plots; the name by default.
+        title: how the run is called in tables and plots; the name by default. Where `causal` is False, it has LEAKS.
         parameters: number of trainable parameters.
         metrics: scalars, named as by `lightning_modules.metrics.TextMetrics`; others are listed apart.
         per_position: cross-entropy in nats at each position of the window, the first one first.
@@ -68,6 +69,8 @@ class RunResult:
 
     def __post_init__(self) -> None:
         self.title = self.title or self.name
+        if self.causal is False and LEAKS not in self.title:
+            self.title = with_label(self.title, LEAKS)
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers and text for JSON, what is not finite as None; without attention maps and drawings."""
@@ -138,7 +141,7 @@ COLUMNS = (
     Column("gener.\nchar/s", "generation", "characters/s", attrgetter(GENERATE), _count, max),
 )
 HEADLINE_METRICS = {"cross_entropy", "bits_per_character", "perplexity", "cer", "wer", "bleu"}
-CAUSAL = {True: "yes", False: "no", None: "–"}
+CAUSAL = {True: "yes", False: LEAKS, None: "–"}
 
 
 def comparison_table(results: Sequence[RunResult]) -> Table:
@@ -314,6 +317,13 @@ def attention_figure(result: RunResult) -> Figure | None:
             _draw_map(axes, one, result.attention_labels)
             title = name if len(weights) == 1 else f"{name}, head {head + 1}"
             axes.set_title(title, parse_math=False, color=INK, fontsize=10)
+    return _marked(figure, result)
+
+
+def _marked(figure: Figure, result: RunResult) -> Figure:
+    """The figure, headed by the title of the run if that is not causal: a picture may be shown by itself."""
+    if result.causal is False:
+        figure.suptitle(_shortened(result.title, 60), parse_math=False, color=INK, fontsize=10)
     return figure
 
 
@@ -366,6 +376,9 @@ def write_report(folder: str | Path, results: Sequence[RunResult], title: str, n
     names = [re.sub(r"[^\w.-]+", "-", result.name) for result in results]
     if len(set(names)) < len(names):
         raise ValueError(f"results need names that differ, also as file names; got {', '.join(names)}")
+    for result in results:
+        if result.circuit:
+            _marked(result.circuit, result)
     page = _page(results, title, [notes] if isinstance(notes, str) else notes)
     pictures = {"loss": (loss_figure(results), {})}
     for name, result in zip(names, results, strict=True):
@@ -382,10 +395,6 @@ def write_report(folder: str | Path, results: Sequence[RunResult], title: str, n
 
 
 def _page(results: Sequence[RunResult], title: str, notes: Sequence[str]) -> str:
-    template = Path(__file__).parent / "templates" / "report.html"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     figures = _InlineFigures()
     plots = [
         (heading, caption, figures.svg(figure, heading))
@@ -403,7 +412,8 @@ def _page(results: Sequence[RunResult], title: str, notes: Sequence[str]) -> str
         for result in results
         if result.attention_maps
     ]
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return render_page(
+        "report.html",
         title=title,
         notes=[note for note in notes if note],
         columns=COLUMNS,
@@ -415,9 +425,20 @@ def _page(results: Sequence[RunResult], title: str, notes: Sequence[str]) -> str
         circuits=[(result, _data_uri(result.circuit)) for result in results if result.circuit],
         settings=_settings(results),
         results=results,
-        series=SERIES,
         bleu=describe_bleu(),
     )
+
+
+def render_page(template: str, **context: Any) -> str:
+    """A page from one of the templates, which share `style.html`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(series=SERIES, **context)
 
 
 def _rows(results: Sequence[RunResult]) -> list[tuple[RunResult, str, list[tuple[Column, str, bool]]]]:

@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +46,8 @@ from lightning_modules.data import TextDataModule
 from lightning_modules.executions import Executions, say
 from lightning_modules.files import atomic_write
 from lightning_modules.gpt import GPTConfig
+from lightning_modules.guard import CausalityGuard, say_if_leaking
+from lightning_modules.labels import labelling, with_label
 from lightning_modules.language_model import LanguageModel, model_config, planned_steps
 from lightning_modules.loggers import RunCSVLogger
 from lightning_modules.metrics import describe_bleu
@@ -184,6 +187,15 @@ class TrainingCLI(LightningCLI):
         )
         add("--early_stopping", "fit", "Stop after so many validations without a lower val_loss.", type=int | None)
         add(
+            "--allow_noncausal",
+            "fit",
+            "Train a model that sees later tokens; all that comes of it carries the word LEAKS.",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+        )
+        add(
             "--output",
             "predict",
             "File for the predictions, one JSON object per line; by default stdout.",
@@ -196,6 +208,7 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        args = [re.sub("^--allow-noncausal(?==|$)", "--allow_noncausal", argument) for argument in args]
         args = list(_with_class_paths(args))
         if self.command == "fit":  # what `--model.attention.split true` without a mechanism means
             args = ["--model.attention", "pennylane_qattn.QISA", *args]
@@ -273,6 +286,7 @@ class TrainingCLI(LightningCLI):
             if config.output is not None:
                 check_writable(Path(config.output).parent, "output")
             self.model = LanguageModel.load_from_checkpoint(self.checkpoint)
+            say_if_leaking(self.model, self.checkpoint)
             self._check_described_model()
             self.model.set_execution(Execution.from_plain(config.model.execution.as_dict()))
             block_size = self.model.gpt.config.block_size
@@ -349,7 +363,11 @@ class TrainingCLI(LightningCLI):
             return _trainer(**{**options, "callbacks": callbacks, "logger": False, **kwargs})
         for watcher in (c for c in callbacks if isinstance(c, Watcher)):
             watcher.check(self.model)  # before anything is written
-        callbacks += self._callbacks_of_a_run()
+        self.guard = next((c for c in callbacks if isinstance(c, CausalityGuard)), None) or CausalityGuard()
+        self.guard.allow_noncausal |= self.config.allow_noncausal
+        if rank_zero_only.rank == 0:  # it tells the others when training starts
+            self.guard.check(self.model)
+        callbacks += [c for c in (self.guard, *self._callbacks_of_a_run()) if c not in callbacks]
         plugins = [*_listed(options.plugins), _RunIO(self)]
         logger = self._loggers() if options.logger in (None, True) else options.logger
         return _trainer(**{**options, "callbacks": callbacks, "plugins": plugins, "logger": logger, **kwargs})
@@ -382,6 +400,10 @@ class TrainingCLI(LightningCLI):
 
     def fit(self) -> None:
         """Trains, and leaves all that belongs to the run in its folder."""
+        with labelling(lambda: self.model.label):
+            self._fit()
+
+    def _fit(self) -> None:
         trainer, folder, last = self.trainer, self.run_folder, self.run_folder / CHECKPOINTS / LAST
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         say(f"{self.model.attention.name} GPT, {parameters:,} parameters, on {self.datamodule.corpus.name}: {folder}")
@@ -463,15 +485,17 @@ class TrainingCLI(LightningCLI):
         (metrics,) = run(self.model, datamodule=self.datamodule, verbose=False)
         if not self.trainer.is_global_zero:
             return
-        table = Table("metric", "value")
+        label = self.model.label
+        table = Table("metric", "value", title=with_label("the model sees later tokens", label) if label else None)
         for name, value in metrics.items():
             table.add_row(name, f"{value:.4f}")
         stage = "val" if self.command == "validate" else "test"
         positions = self.model.cross_entropy_per_position[stage].tolist()
-        print(f"{self.checkpoint} on {self.datamodule.corpus.name}:", flush=True)
+        print(with_label(f"{self.checkpoint} on {self.datamodule.corpus.name}:", label), flush=True)
         console = Console()
         console.print(table)
-        console.print(f"cross-entropy by position: {' '.join(f'{value:.3f}' for value in positions)}", highlight=False)
+        line = f"cross-entropy by position: {' '.join(f'{value:.3f}' for value in positions)}"
+        console.print(with_label(line, label), highlight=False)
         console.print(describe_bleu(), highlight=False)
 
     def predict(self) -> None:

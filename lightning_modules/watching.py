@@ -25,10 +25,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_modules.files import atomic_write
+from lightning_modules.labels import label_of
 from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import Attention, CircuitFeatureMap
 from pennylane_qattn.attention import Visibility, attention_weights
 from pennylane_qattn.entanglement import CircuitStates, meyer_wallach
+from pennylane_qattn.features import circuit_within
 from pennylane_qattn.program import Program
 
 #: Folder of the attention maps within that of the run.
@@ -48,8 +50,8 @@ def circuit_maps(model: nn.Module) -> dict[str, CircuitFeatureMap]:
     found: dict[str, CircuitFeatureMap] = {}
     for layer, attention in attention_layers(model).items():
         for role in ("query", "key", "value"):
-            feature_map = getattr(attention, f"{role}_map")
-            if isinstance(feature_map, CircuitFeatureMap) and not any(feature_map is m for m in found.values()):
+            feature_map = circuit_within(getattr(attention, f"{role}_map"))
+            if feature_map is not None and not any(feature_map is m for m in found.values()):
                 found[f"{layer}/{role}"] = feature_map
     return found
 
@@ -424,7 +426,8 @@ class AttentionMaps(Watcher):
 
             pixels = imread(io.BytesIO(picture))
             for board in boards:
-                board.experiment.add_image(MAPS, pixels, step, dataformats="HWC")
+                tag = f"{label}-{MAPS}" if (label := label_of(pl_module)) else MAPS
+                board.experiment.add_image(tag, pixels, step, dataformats="HWC")
 
     def _draw(self, model: LanguageModel) -> bytes:
         from lightning_modules.report import RunResult, _png, attention_figure  # matplotlib takes its time to load
@@ -432,12 +435,14 @@ class AttentionMaps(Watcher):
         tokens = self._tokens.to(model.device)
         with kept(_query_and_key_maps(self._layers), rows=1) as seen:
             model.gpt(tokens[None])
-        maps = {
-            f"layer {i}": _weights(layer, attention, seen)[0]
+        visibility = Visibility(len(tokens), len(tokens), is_causal=True)
+        maps = {  # what the values are multiplied by
+            f"layer {i}": attention.applied(_weights(layer, attention, seen), visibility)[0]
             for i, (layer, attention) in enumerate(self._layers.items())
         }
         labels = [model.tokenizer.decode([i]) for i in tokens.tolist()]
-        return _png(attention_figure(RunResult(MAPS, attention_maps=maps, attention_labels=labels)))
+        causal = False if label_of(model) else None
+        return _png(attention_figure(RunResult(MAPS, attention_maps=maps, attention_labels=labels, causal=causal)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations}

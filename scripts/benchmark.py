@@ -13,7 +13,6 @@ round, so that a machine whose speed drifts slows all alike.
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import pennylane as qml
@@ -23,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lightning_modules.gpt import GPT, PRESETS, preset
+from lightning_modules.timing import describe_spread, inference, interleaved_ratios, seconds_of, training_step
 from pennylane_qattn import ATTENTION, Circuit, CircuitLayer, Execution
 from pennylane_qattn.observables import draw_words, to_pennylane
 
@@ -41,8 +41,8 @@ def attention(options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model = GPT(config, ATTENTION.build(name)).to(options.device)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-        runs["inference"][name] = lambda model=model: _inference(model, tokens)
-        runs["training step"][name] = lambda model=model, optimizer=optimizer: _step(model, optimizer, tokens)
+        runs["inference"][name] = lambda model=model: inference(model, tokens)
+        runs["training step"][name] = lambda model=model, optimizer=optimizer: training_step(model, optimizer, tokens)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     table = Table(
         "mechanism",
@@ -51,9 +51,13 @@ def attention(options: argparse.Namespace) -> None:
         title=f"time over classical, {options.preset}, batch {options.batch}, {where}, torch {torch.__version__}",
         caption=f"median of {options.rounds} rounds (lowest to highest); {platform.processor() or platform.machine()}",
     )
-    ratios = {kind: _ratios(functions, options) for kind, functions in runs.items()}
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else None
+    ratios = {
+        kind: interleaved_ratios(functions, BASELINE, track(range(options.rounds), transient=True), synchronize)
+        for kind, functions in runs.items()
+    }
     for name in names:
-        table.add_row(name, *(_spread(ratios[kind][name]) for kind in runs))
+        table.add_row(name, *(describe_spread(ratios[kind][name]) for kind in runs))
     Console(width=100).print(table)
 
 
@@ -87,10 +91,10 @@ def devices(options: argparse.Namespace) -> None:
         _forward_and_backward(ours, inputs)
         for _ in track(range(options.rounds), transient=True, description=pair):
             if not refusal:
-                seconds["plain"].append(_seconds(lambda layer=plain: _forward_and_backward(layer, inputs), "cpu"))
-            seconds["ours"].append(_seconds(lambda layer=ours: _forward_and_backward(layer, inputs), "cpu"))
+                seconds["plain"].append(seconds_of(lambda layer=plain: _forward_and_backward(layer, inputs)))
+            seconds["ours"].append(seconds_of(lambda layer=ours: _forward_and_backward(layer, inputs)))
         per_token = {k: f"{1000 * statistics.median(v) / len(inputs):.2f}" for k, v in seconds.items() if v}
-        ratio = _spread([a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=False)]) if not refusal else ""
+        ratio = "" if refusal else describe_spread([a / b for a, b in zip(*seconds.values(), strict=True)])
         table.add_row(name, method, refusal or per_token["plain"], per_token["ours"], ratio, _tracked(ours, inputs))
     Console(width=120).print(table)
 
@@ -137,45 +141,6 @@ def _tracked(layer: CircuitLayer, inputs: torch.Tensor) -> str:
             f"{runs:.0f}" + (f" + {totals['derivatives']:.0f} derivatives" if "derivatives" in totals else "")
         )
     return ", ".join(counted)
-
-
-def _inference(model: GPT, tokens: torch.Tensor) -> None:
-    model.eval()
-    with torch.no_grad():
-        model(tokens[:, :-1])
-
-
-def _step(model: GPT, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> None:
-    model.train()
-    logits = model(tokens[:, :-1])
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def _ratios(functions: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """The time of each function over the baseline's, once per round."""
-    ratios: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in track(range(options.rounds), transient=True):
-        seconds = {name: _seconds(function, options.device) for name, function in functions.items()}
-        for name, value in seconds.items():
-            ratios[name].append(value / seconds[BASELINE])
-    return ratios
-
-
-def _seconds(function: Callable[[], None], device: str) -> float:
-    begun = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _positive(text: str) -> int:

@@ -112,9 +112,15 @@ def test_commands_and_their_options_exist(page, known_options, capsys):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_yaml_is_understood(page):
+def test_yaml_is_understood(page, known_options, capsys):
     for _, code in blocks(page, "yaml"):
-        model = yaml.safe_load(code)["model"]
+        content = yaml.safe_load(code)
+        if "mechanisms" in content:  # of qattn compare
+            assert {f"--{name}" for name in content} <= known_options("compare", capsys)
+            for mechanism in content["mechanisms"].values():
+                check_class(mechanism, ATTENTION) if isinstance(mechanism, dict) else ATTENTION.lookup(mechanism)
+            continue
+        model = content["model"]
         assert set(model) <= {"execution", "attention"}
         if "execution" in model:
             Execution.from_plain(model["execution"])

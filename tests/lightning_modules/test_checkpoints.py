@@ -18,7 +18,7 @@ from lightning_modules import checkpoints
 from lightning_modules.checkpoints import PlainCheckpointIO, first_difference, load_weights, read_checkpoint, resolve
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.tokenizers import BPETokenizer, CharTokenizer
-from pennylane_qattn import ATTENTION, QISA, FunctionAnsatz
+from pennylane_qattn import ATTENTION, QISA, VALUES, FunctionAnsatz
 
 ROOT = Path(__file__).parents[2]
 TINY = {"num_layers": 2, "num_heads": 1, "embed_dim": 5, "block_size": 7}
@@ -79,6 +79,7 @@ assert "test_checkpoints" not in "".join(sys.modules)
 
 def test_the_same_logits_bit_for_bit_in_a_fresh_process_with_nothing_else(tmp_path):
     models = {name: build(name, seed=i) for i, name in enumerate(ATTENTION)}
+    models |= {values: build(QISA(values=values, trainable=values != "circuit"), seed=3) for values in VALUES}
     models["own ansatz"] = build(QISA(ansatz=FunctionAnsatz(my_circuit, weight_shape=("wires",)), seed=3))
     models["bpe"] = build(
         "classical", tokenizer=BPETokenizer.train("the cat and the dog. " * 9, 270), preset="gpt1-tiny"

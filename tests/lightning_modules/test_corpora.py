@@ -9,9 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_modules import corpora
 from lightning_modules.corpora import CORPORA, cache_dir, load_corpus
+from lightning_modules.sources import SOURCES, hidden_markov, markov
 
 PLAY = ("ROMEO:\nBut soft, what light through yonder window breaks?\n" * 50).encode()
 NAME = "tinyshakespeare.txt"
@@ -129,7 +131,66 @@ def test_bad_files_are_named_in_one_line(tmp_path):
     for unknown in "shakespear", str(tmp_path / "missing"), "x" * 5000:
         message = error_of(unknown)
         assert message.startswith(f"unknown corpus {unknown!r}: there is no such file")
-        assert all(name in message for name in CORPORA) and "path of a UTF-8 text file" in message
+        assert (
+            all(name in message for name in CORPORA)
+            and "markov:order=2" in message
+            and "path of a UTF-8 text file" in message
+        )
+
+
+# Random languages
+
+
+def test_the_text_of_a_source_with_its_options():
+    corpus = load_corpus("markov:order=2, symbols=3,seed=7,length=1009,concentration=0.5")
+    source = markov(order=2, symbols=3, seed=7, concentration=0.5)
+    assert corpus.name == "markov" and corpus.text == source.sample_text(1009)
+    assert torch.equal(corpus.source_model.emission, source.emission)
+    described = (
+        f"markov:order=2,symbols=3,concentration=0.5,seed=7,length=1009 (entropy rate {source.entropy_rate:.4f} nats)"
+    )
+    assert corpus.source == described
+    again = load_corpus(described.split(" ")[0])
+    assert again == corpus and "abc" not in repr(corpus)
+    hidden = load_corpus("hidden-markov:states=3,symbols=2,length=101")
+    assert hidden.text == hidden_markov(states=3, symbols=2).sample_text(101)
+    assert hidden.source.startswith("hidden-markov:states=3,symbols=2,concentration=0.3,seed=0,length=101 ")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_without_options_is_a_million_symbols(name):
+    corpus = load_corpus(name)
+    assert corpus == CORPORA[name](None, False) == load_corpus(f"{name}:") and len(corpus.text) == 1_000_000
+    assert len(set(corpus.text)) == len(corpus.source_model.symbols)
+
+
+def test_other_texts_have_no_source(tmp_path):
+    (tmp_path / "text").write_text("here")
+    assert load_corpus(tmp_path / "text").source_model is None is load_corpus("pydoc").source_model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "orders=2",
+            "'orders=2' is no option of the corpus markov; it takes order, symbols, concentration, seed, length,",
+        ),
+        ("order", "'order' is no option of the corpus markov"),
+        ("order=2,", "'' is no option of the corpus markov"),
+        ("order=2,order=3", "the corpus markov has two values for its option order"),
+        ("order=two", "order of the corpus markov must be an integer; got 'two'"),
+        ("order=2.0", "order of the corpus markov must be an integer; got '2.0'"),
+        ("concentration=low", "concentration of the corpus markov must be a number; got 'low'"),
+        ("length=0", "length of the corpus markov must lie between 1 and 100000000; got 0"),
+        ("length=1000000000", "length of the corpus markov must lie between 1 and 100000000"),
+        ("symbols=1", "the corpus markov: symbols must be between 2 and 62; got 1"),
+        ("order=99", "the corpus markov: order must be between 1 and 64; got 99"),
+        ("concentration=nan", "the corpus markov: concentration must lie between 0.01 and 1000; got nan"),
+    ],
+)
+def test_wrong_options_of_a_source(options, message):
+    assert message in error_of(f"markov:{options}")
 
 
 # Tiny Shakespeare

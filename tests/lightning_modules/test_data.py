@@ -462,3 +462,32 @@ def test_the_shortest_text_that_will_do(tmp_path):
 def test_it_prints_its_sizes(build):
     assert str(build()) == repr(build())
     assert repr(build()).endswith("block_size=5, training=240, validation=26, test=26)")
+
+
+# Texts of a known source
+
+
+def test_the_source_has_the_ids_of_the_tokenizer():
+    module = TextDataModule(
+        "markov:symbols=4,order=2,length=5003,seed=2", block_size=5, tokenizer=CharTokenizer("xdbca")
+    )
+    drawn = module.corpus.source_model
+    inputs, targets = next(iter(module.val_dataloader()))
+    letters = [[drawn.symbols.index(c) for c in row] for row in decode_rows(module, inputs)]
+    known = module.source.conditional(inputs)
+    torch.testing.assert_close(known[..., [4, 2, 3, 1]], drawn.conditional(torch.tensor(letters)), rtol=1e-13, atol=0)
+    assert not known[..., 0].any()
+    assert torch.equal(module.source.cross_entropy(inputs, targets), -known.gather(2, targets[..., None])[..., 0].log())
+
+
+def test_a_vocabulary_has_all_symbols_of_its_source():
+    """Nine characters cannot hold them all."""
+    module = TextDataModule("hidden-markov:symbols=11,length=9", block_size=1, train_fraction=0.5, val_fraction=0.25)
+    assert module.tokenizer == CharTokenizer("abcdefghijk") and module.source.symbols == "abcdefghijk"
+    assert "".join(text for text in module.corpus.text) == module.corpus.source_model.sample_text(9)
+
+
+def test_only_characters_of_a_source_have_an_optimum(build):
+    assert build().source is None
+    bpe = TextDataModule("markov:length=2003", tokenizer="bpe", bpe_vocab_size=260, block_size=5)
+    assert bpe.corpus.source_model is not None and bpe.source is None

@@ -114,8 +114,25 @@ def test_a_row_does_not_depend_on_the_others(use_cache):
 def test_every_attention_generates_the_same_with_and_without_a_cache(attention):
     model, prompts = build(5, attention=attention), prompts_of(3, 1, 8)
     found = generate(model, prompts, 13)
-    assert found == generate(model, prompts, 13, use_cache=False)
+    for use_cache in (False, True) if model.blocks[0].attention.has_cache else (False,):
+        assert found == generate(model, prompts, 13, use_cache=use_cache)
     assert found == [naive_generate(model, p, 13, row=row) for row, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(("attention", "cached"), [("qisa", True), ("qisa-published", False)])
+def test_a_cache_is_used_where_there_is_one(attention, cached, monkeypatch):
+    model, calls = build(5, attention=ATTENTION.build(attention)), []
+    new_caches = model.new_caches
+    monkeypatch.setattr(model, "new_caches", lambda rows: calls.append(rows) or new_caches(rows))
+    generate(model, prompts_of(3, 2), 2)
+    assert bool(calls) == cached
+
+
+def test_a_cache_where_there_is_none_is_refused_at_the_call():
+    model = build(5, attention=ATTENTION.build("qsann-published"))
+    for call in (generate, stream):
+        with pytest.raises(ValueError, match="^this model's attention has no key/value cache; leave use_cache out"):
+            call(model, prompts_of(3), 2, use_cache=True)
 
 
 def test_equal_lengths_need_no_masks(monkeypatch):

@@ -134,6 +134,17 @@ def test_everything_decays_if_asked(build):
     assert "gpt.blocks.0.attention.value_map.weights" in decayed(build(QISA(), decay_all=True))
 
 
+@pytest.mark.parametrize("values", ["circuit", "learned-circuit", "mixed-circuit"])
+def test_frozen_angles_are_left_alone_in_training(build, data, trainer, values):
+    """Even where everything decays."""
+    model = build(QISA(values=values, trainable=False), decay_all=True, weight_decay=0.5, learning_rate=0.1)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trainer(max_steps=3, limit_val_batches=1, logger=False).fit(model, datamodule=data)
+    after = dict(model.named_parameters())
+    unchanged = {name for name, parameter in before.items() if torch.equal(after[name], parameter)}
+    assert unchanged == {name for name in before if name.endswith(".weights")} and len(unchanged) == 1
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_every_parameter_is_in_exactly_one_group(build, name):
     model = build(name)
@@ -288,6 +299,71 @@ def test_per_position_table_of_a_run(build, data, trainer, tmp_path):
     last = [float(table[1][f"position_{i:04}"]) for i in range(5)]
     assert last == pytest.approx(model.cross_entropy_per_position["val"].tolist())
     assert np.mean(last) == pytest.approx(float([r for r in rows(tmp_path) if r["val_loss"]][1]["val_loss"]))
+
+
+@pytest.fixture
+def known():
+    """A language of known entropy, and its validation windows."""
+    return TextDataModule("markov:order=1,symbols=5,length=20011,seed=3", block_size=5, batch_size=71, eval_windows=499)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_excess_over_the_optimum_of_the_same_windows(known, trainer, stage, capsys):
+    model = LanguageModel(known.tokenizer, attention="classical", **TINY)
+    evaluate = trainer(logger=False)
+    (metrics,) = (evaluate.validate if stage == "val" else evaluate.test)(model, datamodule=known, verbose=False)
+    windows = known.splits["validation" if stage == "val" else "test"]
+    inputs, targets = windows[torch.arange(499)]
+    losses = reference_losses(model.eval()(inputs).detach().double().numpy(), targets.numpy())
+    # Of order 1, so the symbol before is all there is to know: a row of the table.
+    optimal = -np.log(known.source.emission.numpy())[inputs, targets]
+    assert metrics[f"{stage}_optimum"] == pytest.approx(optimal.mean(), rel=1e-6)
+    assert metrics[f"{stage}_excess"] == pytest.approx((losses - optimal).mean(), rel=1e-5)
+    assert metrics[f"{stage}_loss"] - metrics[f"{stage}_optimum"] == pytest.approx(metrics[f"{stage}_excess"], rel=1e-5)
+    groups = [np.mean(part) for part in np.split((losses - optimal).mean(1)[:480], 48)]  # 499 // 10 are 49
+    assert metrics[f"{stage}_excess_error"] == pytest.approx(np.std(groups, ddof=1) / 7, rel=0.2)
+    np.testing.assert_allclose(model.optimum_per_position[stage].numpy(), optimal.mean(0), rtol=1e-12)
+    assert "LEAKS" not in capsys.readouterr().err
+
+
+def test_a_model_learns_down_to_the_optimum_and_not_below(known, trainer, capsys, tmp_path):
+    torch.manual_seed(0)
+    model = LanguageModel(known.tokenizer, attention="classical", learning_rate=0.01, warmup_steps=10, **TINY)
+    options = dict(max_steps=400, val_check_interval=200, check_val_every_n_epoch=None, log_every_n_steps=100)
+    trainer(**options).fit(model, datamodule=known)
+    first, last = ({k: float(v) for k, v in row.items() if v} for row in rows(tmp_path) if row["val_excess"])
+    assert -4 * last["val_excess_error"] < last["val_excess"] < 0.1 and last["val_excess"] < first["val_excess"]
+    assert "LEAKS" not in capsys.readouterr().err
+
+
+class Cheat(torch.nn.Module):
+    """Shifts the window: what stands next in it is what is to be predicted."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, tokens):
+        following = torch.nn.functional.one_hot(tokens[:, 1:], self.vocab_size) * 9.0
+        return torch.nn.functional.pad(following, (0, 0, 0, 1))
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_a_model_that_sees_its_targets_is_named(known, trainer, stage, capsys):
+    model = LanguageModel(known.tokenizer, attention="classical", **TINY)
+    model.gpt = Cheat(known.vocab_size)
+    evaluate = trainer(logger=False)
+    (metrics,) = (evaluate.validate if stage == "val" else evaluate.test)(model, datamodule=known, verbose=False)
+    assert metrics[f"{stage}_excess"] < -0.2 < -5 * metrics[f"{stage}_excess_error"]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "LEAKS" in line)
+    assert line.startswith(f"qattn: {stage}_loss is {-metrics[f'{stage}_excess']:.4f} nats")
+
+
+def test_a_text_of_unknown_entropy_has_no_optimum(build, data, known, trainer):
+    model = build()
+    model.optimum_per_position["val"] = torch.zeros(5)
+    (metrics,) = trainer(logger=False).validate(model, datamodule=data, verbose=False)
+    assert not any("excess" in name or "optimum" in name for name in metrics) and not model.optimum_per_position
 
 
 def test_predictions(build, data, trainer, windows):

@@ -3,11 +3,12 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import multiprocessing
 
-from lightning_modules.metrics import TextMetrics, continuation_metrics, describe_bleu
+from lightning_modules.metrics import Excess, TextMetrics, below_optimum, continuation_metrics, describe_bleu
 from lightning_modules.tokenizers import BPETokenizer, CharTokenizer
 
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
@@ -225,13 +226,16 @@ def test_metrics_move_with_their_module():
         assert value.is_cuda and value.tolist() == pytest.approx(computed(reference)[name], rel=1e-5)
 
 
+def optimum(targets):
+    return targets / 27.0
+
+
 def _rank(rank, meeting, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
-    logits, targets = random_windows(7, 5)
-    part = slice(0, 3) if rank == 0 else slice(3, 7)
     metrics = TextMetrics(LETTERS)
-    metrics.update(logits[part], targets[part])
+    for logits, targets in zip(*(values.split(40) for values in random_windows(97, 5)), strict=True):
+        metrics.update(logits[rank::2], targets[rank::2], optimum(targets[rank::2]))
     queue.put(computed(metrics))
     torch.distributed.destroy_process_group()
 
@@ -246,7 +250,8 @@ def test_two_processes_agree_with_one(tmp_path):
     for worker in workers:
         worker.join()
     one = TextMetrics(LETTERS)
-    one.update(*random_windows(7, 5))
+    logits, targets = random_windows(97, 5)
+    one.update(logits, targets, optimum(targets))
     for result in results:
         for name, value in computed(one).items():
             assert result[name] == pytest.approx(value, rel=1e-13), name
@@ -293,3 +298,130 @@ def test_bleu_is_described():
     for word in ("corpus", "1 to 4", "uniform", "no smoothing", "white space"):
         assert word in sentence
     assert "16" not in sentence  # it stands below the metrics of windows of any length
+
+
+# Excess over the optimum
+
+
+def excess_of(losses, optimal, sizes=None):
+    metric = Excess()
+    for batch in zip(losses.split(sizes or len(losses)), optimal.split(sizes or len(optimal)), strict=True):
+        metric.update(*batch)
+    return {name: value.tolist() for name, value in metric.compute().items()}
+
+
+def test_excess_by_hand():
+    losses = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.5, 0.5]])
+    optimal = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 2.0]])
+    values = excess_of(losses, optimal)
+    # Means over the windows: 0.5, 2 and -1. Their standard deviation (n - 1) is 1.5.
+    assert values["excess"] == pytest.approx(0.5) and values["excess_error"] == pytest.approx(1.5 / math.sqrt(3))
+    assert values["optimum"] == pytest.approx(7 / 6)
+    assert values["optimum_per_position"] == pytest.approx([1, 4 / 3])
+    assert values.keys() == {"excess", "excess_error", "optimum", "optimum_per_position"}
+
+
+def test_excess_of_windows_of_unequal_length_is_per_token():
+    metric = Excess()
+    metric.update(torch.tensor([[1.0, 2.0, 3.0]]), torch.zeros(1, 3))
+    metric.update(torch.tensor([[4.0]]), torch.ones(1, 1))
+    values = metric.compute()
+    assert float(values["excess"]) == pytest.approx(9 / 4) and float(values["optimum"]) == pytest.approx(1 / 4)
+    # D - e n: 6 - 27/4 and 3 - 9/4, so the sum of squares is 9/8; times 2 (G / (G - 1)), the root over 4 tokens.
+    assert float(values["excess_error"]) == pytest.approx(math.sqrt(9 / 4) / 4)
+    assert values["optimum_per_position"].tolist() == pytest.approx([1 / 2, 0, 0])
+
+
+@pytest.mark.parametrize(("windows", "length", "groups"), [(6400, 5, 64), (640, 10, 32), (331, 11, 16), (13, 2, 13)])
+def test_groups_are_of_consecutive_windows(windows, length, groups):
+    """Losses that are the same within a group: its error is that of so many independent numbers."""
+    generator = torch.Generator().manual_seed(7)
+    numbers = torch.randn(groups, generator=generator, dtype=torch.float64)
+    sizes = torch.tensor([len(part) for part in np.array_split(np.arange(windows), groups)])
+    # np.array_split puts the larger groups first; here they are spread.
+    member = torch.arange(windows) * groups // windows
+    assert sorted(member.bincount().tolist()) == sorted(sizes.tolist())
+    values = excess_of(numbers[member][:, None].expand(-1, length), torch.zeros(windows, length))
+    weights = member.bincount().double()
+    residuals = weights * (numbers - float(values["excess"]))
+    expected = math.sqrt(groups / (groups - 1) * float(residuals.square().sum())) / windows
+    assert values["excess_error"] == pytest.approx(expected, rel=1e-12)
+    assert values["excess_error"] == pytest.approx(float(numbers.std()) / math.sqrt(groups), rel=0.05)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 213, [100, 100, 13], [0, 211, 2]])
+def test_the_split_into_batches_does_not_matter_for_the_excess(sizes):
+    losses, optimal = torch.rand(2, 213, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for name, value in excess_of(losses, optimal, sizes).items():
+        assert value == pytest.approx(excess_of(losses, optimal)[name], rel=1e-13), name
+
+
+def test_the_error_of_an_excess_is_that_of_repeated_texts():
+    """z-scores have the variance of Student's t, also with windows that overlap and losses that depend on the past."""
+    generator = torch.Generator().manual_seed(5)
+
+    def texts(tokens, memory=0.7, repetitions=300):
+        differences = torch.randn(repetitions, tokens, generator=generator, dtype=torch.float64)
+        for t in range(1, tokens):
+            differences[:, t] += memory * differences[:, t - 1]
+        return differences + 0.25
+
+    def deviation(text_of_each, starts, length):
+        scores, naive = [], []
+        for differences in text_of_each:
+            windows = differences.unfold(0, length, 1)[starts]
+            values = excess_of(windows, torch.zeros_like(windows))
+            scores.append((values["excess"] - 0.25) / values["excess_error"])
+            naive.append((values["excess"] - 0.25) / (float(windows.std()) / math.sqrt(windows.numel())))
+        assert 0.92 < np.mean(np.abs(scores) < 2) < 0.98  # nominally 0.95
+        return np.std(scores), np.std(naive)
+
+    every = torch.arange(1500)
+    some = torch.randperm(6000, generator=generator)[:1024].sort().values
+    for starts, length in ((every, 11), (some, 16)):
+        honest, naive = deviation(texts(starts[-1] + length), starts, length)
+        assert 0.9 < honest < 1.2 and naive > 3
+
+
+def test_one_window_has_no_error():
+    values = excess_of(torch.ones(1, 3), torch.zeros(1, 3))
+    assert values["excess"] == 1 and math.isnan(values["excess_error"])
+    assert not below_optimum(-1.0, math.nan)
+
+
+def test_below_optimum_is_beyond_five_standard_errors():
+    assert below_optimum(-0.0501, 0.01) and not below_optimum(-0.0499, 0.01) and not below_optimum(0.0501, 0.01)
+    assert not below_optimum(-3e-7, 1e-9)  # the rounding of a perfect model in float32
+    assert below_optimum(-1.0, 0.01, windows=64) and not below_optimum(-1.0, 0.01, windows=63)
+
+
+def test_text_metrics_with_an_optimum():
+    logits, targets = random_windows(71, 5)
+    optimal = torch.rand(71, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with_it, without = TextMetrics(LETTERS), TextMetrics(LETTERS)
+    with_it.update(logits, targets, optimal)
+    without.update(logits, targets)
+    values, plain = computed(with_it), computed(without)
+    assert values["excess"] == pytest.approx(values["cross_entropy"] - float(optimal.mean()), rel=1e-6)
+    assert values["optimum_per_position"] == pytest.approx(optimal.mean(0).tolist())
+    assert {name: values[name] for name in plain} == plain and "excess" not in plain
+    with_it.reset()
+    with_it.update(logits, targets)
+    assert computed(with_it) == plain
+
+
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), copy.deepcopy])
+def test_the_precision_of_the_model_does_not_touch_the_excess(change):
+    logits, targets = random_windows(71, 5)
+    metrics = TextMetrics(LETTERS)
+    metrics.update(logits, targets, torch.full((71, 5), 0.3))
+    before = computed(metrics)
+    assert computed(change(metrics)) == before
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_excess_of_bad_input():
+    with pytest.raises(ValueError, match=r"must both be \(windows, T\); got \(3, 5\) and \(3, 7\)"):
+        Excess().update(torch.zeros(3, 5), torch.zeros(3, 7))
+    with pytest.raises(ValueError, match="no windows"):
+        Excess().compute()

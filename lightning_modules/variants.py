@@ -1,0 +1,251 @@
+"""What is compared: mechanisms, for each a classical twin with as many parameters, and its ablations.
+
+A gain over classical attention says little as long as the models differ in size, and little about circuits as long as
+anything quadratic would do as well. So each mechanism can be compared with
+
+- its *twin*: classical attention whose heads are made wider or narrower until the whole model has as many parameters
+  (within `TOLERANCE`), and if no head size will do, a model of another width;
+- its *ablations* (`ABLATIONS`): the same mechanism without the part that is said to help.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_modules.gpt import GPT, GPTConfig
+from pennylane_qattn import CircuitFeatureMap, Classical, LinearFeatureMap, Mechanism
+from pennylane_qattn.registry import Description
+
+#: By how much the number of parameters of a twin may differ.
+TOLERANCE = 0.02
+#: As it is, classical attention is the twin of whatever differs from it by no more than this.
+ALIKE = 0.01
+ROLES = ("mechanism", "twin", "ablation")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model of a comparison, apart from its seed.
+
+    Attributes:
+        name: unique within corpus and size, and part of file names.
+        mechanism: its attention.
+        role: one of `ROLES`.
+        of: the variants that it is the twin or the ablation of.
+        title: what it is called in tables and plots.
+        model: options of `LanguageModel` in which it differs from the others of its size.
+        own_seed: the mechanism's random draws were asked for, and do not follow the seed of the run.
+        parameters: trainable ones of the whole model.
+        twin: the name of its matched classical twin, if it has one.
+        twin_mismatch: by which part of its own parameters the twin has more.
+    """
+
+    name: str
+    mechanism: Mechanism
+    role: str = "mechanism"
+    of: tuple[str, ...] = ()
+    title: str = ""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    own_seed: bool = False
+    parameters: int = 0
+    twin: str = ""
+    twin_mismatch: float | None = None
+
+    def attention(self, seed: int) -> dict[str, Any]:
+        """The mechanism as options of `qattn fit`, its random draws from that seed."""
+        mechanism = self.mechanism if self.own_seed else dataclasses.replace(self.mechanism, seed=seed)
+        return as_config(mechanism)
+
+
+def as_config(description: Description) -> dict[str, Any]:
+    """A description as the configs of `qattn fit` have it."""
+    cls = type(description)
+    values = {f.name: getattr(description, f.name) for f in dataclasses.fields(description) if f.init}
+    return {
+        "class_path": f"{cls.__module__}.{cls.__qualname__}",
+        "init_args": {k: as_config(v) if isinstance(v, Description) else v for k, v in values.items()},
+    }
+
+
+# --- ablations --------------------------------------------------------------------------------------------------
+
+
+def _frozen(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
+    """The circuits stay at the random angles that they began with."""
+    maps = (attention.query_map, attention.key_map, attention.value_map)
+    if not getattr(mechanism, "trainable", False) or not any(isinstance(m, CircuitFeatureMap) for m in maps):
+        return None
+    return dataclasses.replace(mechanism, trainable=False)
+
+
+def _random(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
+    """Values that are random quadratic forms instead of Pauli words, as many and as large."""
+    counterpart = {"circuit": "random-quadratic", "quadratic": "random-absorbed"}.get(_values(mechanism))
+    return counterpart and dataclasses.replace(mechanism, values=counterpart)
+
+
+def _linear(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
+    """Linear values, as many."""
+    if _values(mechanism) is None or isinstance(attention.value_map, LinearFeatureMap):
+        return None
+    return dataclasses.replace(mechanism, values="linear")
+
+
+def _values(mechanism: Mechanism) -> str | None:
+    return getattr(mechanism, "values", None)
+
+
+#: Ablations by name: a mechanism and an attention that it built give the mechanism without something, or `None` where
+#: there is nothing to leave out.
+ABLATIONS: dict[str, Callable[[Mechanism, nn.Module], Mechanism | None]] = {
+    "frozen": _frozen,
+    "random": _random,
+    "linear": _linear,
+}
+_TITLES = {"frozen": "circuit frozen", "random": "random quadratic values", "linear": "linear values"}
+
+
+def ablations_of(variant: Variant, config: GPTConfig, names: list[str]) -> list[Variant]:
+    """The ablations of a variant, those that make sense for it."""
+    sizes = config.embed_dim, config.num_heads, config.block_size
+    attention = _undrawn(lambda: variant.mechanism(*sizes))
+    found = []
+    for name in names:
+        mechanism = ABLATIONS[name](variant.mechanism, attention)
+        if mechanism is not None:
+            found.append(
+                dataclasses.replace(
+                    variant,
+                    name=f"{variant.name}-{name}",
+                    mechanism=mechanism,
+                    role="ablation",
+                    of=(variant.name,),
+                    title=f"{variant.title or variant.name}, {_TITLES[name]}",
+                )
+            )
+    return found
+
+
+def without_equals(variants: list[Variant], config: GPTConfig) -> list[Variant]:
+    """The variants without the ablations that are, under another name, a variant that is there already."""
+    seen = {_fingerprint(variant.mechanism, config) for variant in variants if variant.role == "mechanism"}
+    kept = []
+    for variant in variants:
+        fingerprint = _fingerprint(variant.mechanism, config)
+        if variant.role == "mechanism" or fingerprint not in seen:
+            kept.append(variant)
+        seen.add(fingerprint)
+    return kept
+
+
+def _fingerprint(mechanism: Mechanism, config: GPTConfig) -> str:
+    """What an attention is made of, and what is drawn for it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        attention = mechanism(config.embed_dim, config.num_heads, config.block_size)
+    parts = [type(module).__name__ for name, module in attention.named_modules() if name]
+    tensors = [(name, tensor.sum().item(), tuple(tensor.shape)) for name, tensor in attention.state_dict().items()]
+    trained = [name for name, parameter in attention.named_parameters() if parameter.requires_grad]
+    return repr((type(attention).__name__, parts, tensors, trained, attention.dropout, attention.is_causal))
+
+
+# --- parameters -------------------------------------------------------------------------------------------------
+
+
+def count_parameters(config: GPTConfig, mechanism: Mechanism) -> int:
+    """The trainable parameters of a GPT with that attention."""
+    model = _undrawn(lambda: GPT(config, mechanism))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _undrawn(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return build()
+
+
+def matched_classical(config: GPTConfig, parameters: int) -> tuple[Classical, dict[str, int], float]:
+    """Classical attention in a GPT of about that many parameters.
+
+    Args:
+        config: the GPT of the mechanism to be matched.
+        parameters: trainable parameters of that GPT.
+
+    Returns:
+        The mechanism, options of `LanguageModel` in which its GPT differs from `config`, and by which part it has more
+        parameters.
+
+    Raises:
+        ValueError: if neither another head size nor another width comes within `TOLERANCE`.
+    """
+
+    def mismatch(embed_dim: int, head_dim: int | None) -> float:
+        feedforward = config.feedforward_dim
+        if feedforward == 4 * config.embed_dim:
+            feedforward = None
+        sized = dataclasses.replace(config, embed_dim=embed_dim, feedforward_dim=feedforward)
+        return count_parameters(sized, Classical(head_dim=head_dim)) / parameters - 1
+
+    width, heads = config.embed_dim, config.num_heads
+    if width % heads == 0 and abs(found := mismatch(width, None)) <= ALIKE:
+        return Classical(), {}, found
+    nearest = float("inf")
+    for candidate in sorted(range(heads, 2 * width + 1, heads), key=lambda d: abs(d - width)):
+        one, two = mismatch(candidate, 1), mismatch(candidate, 2)  # the number grows linearly with the size of a head
+        head_dim = max(1, round(1 - one / (two - one)))
+        found = mismatch(candidate, head_dim)
+        if abs(found) <= TOLERANCE:
+            return Classical(head_dim=head_dim), {} if candidate == width else {"embed_dim": candidate}, found
+        nearest = min(nearest, found, key=abs)
+    raise ValueError(
+        f"no classical twin of {parameters:,} parameters within {TOLERANCE:.0%}: the nearest is {nearest:+.1%} off; "
+        "leave twins out, or give another size"
+    )
+
+
+def twins_of(variants: list[Variant], config: GPTConfig) -> list[Variant]:
+    """The variants, and the classical twins of the mechanisms that are not among them.
+
+    An ablation shares the twin of its mechanism where that has as many parameters as it has, too.
+    """
+    result = {variant.name: variant for variant in variants}
+    for variant in (v for v in variants if v.role == "mechanism"):
+        mechanism, model, mismatch = matched_classical(config, variant.parameters)
+        same = [other for other in result.values() if _is_same(other, mechanism, model)]
+        if same:
+            twin = same[0]
+        else:
+            plain = mechanism.head_dim is None
+            width = f"-d{model['embed_dim']}" if model else ""
+            name = "classical" if plain else f"classical{width}-h{mechanism.head_dim}"
+            kind = f", width {model['embed_dim']}" if model else ""
+            twin = Variant(
+                name=name,
+                mechanism=mechanism,
+                role="twin",
+                title="classical" if plain else f"classical{kind}, head size {mechanism.head_dim}",
+                model=model,
+                parameters=round(variant.parameters * (1 + mismatch)),
+            )
+            if twin.name in result:
+                raise ValueError(f"the name {twin.name!r} is that of a matched classical twin; rename the mechanism")
+        if twin.name == variant.name:
+            continue
+        if twin.role == "twin":
+            twin = dataclasses.replace(twin, of=(*twin.of, variant.name))
+        result[twin.name] = twin
+        result[variant.name] = dataclasses.replace(variant, twin=twin.name, twin_mismatch=mismatch)
+        for ablation in (v for v in variants if v.of == (variant.name,)):
+            mismatch = twin.parameters / ablation.parameters - 1
+            if abs(mismatch) <= TOLERANCE:
+                result[ablation.name] = dataclasses.replace(ablation, twin=twin.name, twin_mismatch=mismatch)
+    return list(result.values())
+
+
+def _is_same(variant: Variant, mechanism: Mechanism, model: Mapping[str, Any]) -> bool:
+    """Whether a variant is that mechanism, its seed apart, which classical attention does not use."""
+    own = dataclasses.replace(variant.mechanism, seed=mechanism.seed)
+    return own == mechanism and dict(variant.model) == dict(model)

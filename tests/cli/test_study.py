@@ -1,0 +1,229 @@
+"""Comparisons as a whole: twins, ablations, tuning, corpora and sizes; killed and resumed, in shards and merged."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from lightning_modules.cli import main
+
+FIT = {
+    "model": {"preset": "qisa-16", "num_layers": 1, "embed_dim": 8, "block_size": 5},
+    "data": {"corpus": "pydoc", "batch_size": 3, "eval_windows": 11},
+    "trainer": {"max_steps": 4, "val_check_interval": 4, "enable_progress_bar": False, "logger": False},
+}
+MEASURED = {"train_seconds", "train_characters_per_second", "generation_characters_per_second", "certificate"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def config(name="study", **options):
+        path = tmp_path / f"{name}.yaml"
+        content = {
+            "output": str(tmp_path / name),
+            "mechanisms": {"classical": "classical", "qisa": "qisa"},
+            "evaluate": "last",
+            "seeds": [3, 5],
+            "sample_length": 3,
+            "fit": FIT,
+        }
+        path.write_text(yaml.safe_dump({**content, **options}))
+        return path
+
+    return config
+
+
+def rows_of(folder):
+    found = {
+        path.parent.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.rglob("row.json")
+    }
+    return {run: {k: v for k, v in row.items() if k not in MEASURED} for run, row in sorted(found.items())}
+
+
+EVERYTHING = {
+    "corpora": {"pydoc": {"corpus": "pydoc"}, "markov": {"corpus": "markov:length=3000,symbols=3,order=1"}},
+    "sizes": {"d8": {}, "d16": {"embed_dim": 16}},
+    "twins": True,
+    "ablations": ["frozen"],
+    "learning_rates": [0.001, 0.01],
+    "tuning_steps": 2,
+    "seeds": [3],
+}
+
+
+def test_everything_at_once(write, tmp_path, capsys):
+    file = write(**EVERYTHING, timing_rounds=2)
+    assert main(["compare", "--config", str(file)]) == 0
+    out = capsys.readouterr().out
+    rows = rows_of(tmp_path / "study")
+    cells = {(row["corpus"], row["size"]) for row in rows.values()}
+    assert cells == {(corpus, size) for corpus in ("pydoc", "markov") for size in ("d8", "d16")}
+    of_cell = {row["variant"]: row for row in rows.values() if (row["corpus"], row["size"]) == ("markov", "d16")}
+    assert {"classical", "qisa", "qisa-frozen", "qisa-linear"} < set(of_cell)
+    twin = of_cell[of_cell["qisa"]["twin"]]
+    assert twin["role"] == "twin" and "qisa" in twin["of"].split(",")
+    assert abs(twin["parameters"] / of_cell["qisa"]["parameters"] - 1) < 0.02
+    assert of_cell["qisa-frozen"]["parameters"] == of_cell["qisa"]["parameters"] - 3 * 4  # the angles of one layer
+    for row in rows.values():
+        assert row["causality"] == "causal" and row["steps"] == 4 and row["batch_size"] == 3
+        assert [rate for rate, _ in row["learning_rates_tried"]] == [0.001, 0.01]
+        best = min(row["learning_rates_tried"], key=lambda pair: pair[1])[0]
+        assert row["learning_rate"] == best
+        assert row["prefix_per_position"] == pytest.approx(row["per_position"], abs=1e-5)
+        assert (row["excess"] is None) == (row["corpus"] == "pydoc")
+    markov = of_cell["qisa"]
+    assert markov["excess"] == pytest.approx(markov["cross_entropy"] - markov["optimum"], abs=1e-6)
+    assert "runs of training to do" in out and "about" in out
+    for name in ("rows.csv", "table.csv", "table.md", "comparison.html"):
+        assert (tmp_path / "study" / name).stat().st_size > 100
+    times = json.loads((tmp_path / "study" / "markov" / "d8" / "timing.json").read_text())
+    assert set(times["training"]["qisa"]) and len(times["inference"]["classical"]) == 2
+    assert times["inference"]["classical"] == [1.0, 1.0]
+
+
+def test_all_variants_are_trained_on_the_same_batches(write, tmp_path, monkeypatch):
+    from lightning_modules.language_model import LanguageModel
+
+    seen = {}
+    step = LanguageModel.training_step
+
+    def record(self, batch, batch_idx):
+        seen.setdefault((self.attention.name, self.gpt.config.embed_dim), []).append(batch[0].tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", record)
+    assert main(["compare", "--config", str(write())]) == 0
+    (classical, quantum) = seen.values()
+    assert classical == quantum and len(classical) == 8 and classical[:4] != classical[4:]
+
+
+def test_two_shards_merged_are_one_run(write, tmp_path, capsys):
+    whole = write("whole", **EVERYTHING)
+    assert main(["compare", "--config", str(whole)]) == 0
+    for i in (1, 2):
+        part = write(f"part{i}", **EVERYTHING)
+        assert main(["compare", "--config", str(part), "--shard", f"{i}/2"]) == 0
+    parts = [str(tmp_path / f"part{i}") for i in (1, 2)]
+    alone = [rows_of(tmp_path / f"part{i}") for i in (1, 2)]
+    assert alone[0] and alone[1] and not set(alone[0]) & set(alone[1])
+    capsys.readouterr()
+    assert main(["merge", *parts, "--output", str(tmp_path / "merged")]) == 0
+    expected = rows_of(tmp_path / "whole")
+    assert f"{len(expected)} of {len(expected)} runs" in capsys.readouterr().out
+    assert rows_of(tmp_path / "merged") == expected
+    assert (tmp_path / "merged" / "comparison.html").is_file()
+
+
+def test_merging_what_does_not_belong_together(write, tmp_path, capsys):
+    options = {"mechanisms": {"classical": "classical"}, "seeds": [3]}
+    assert main(["compare", "--config", str(write("a", **options))]) == 0
+    assert main(["compare", "--config", str(write("b", **options, title="another"))]) == 0
+    other = {**FIT, "trainer": {**FIT["trainer"], "max_steps": 5}}
+    assert main(["compare", "--config", str(write("c", **options, fit=other))]) == 0
+    capsys.readouterr()
+    for parts, message in (
+        (["a", "b"], "is a part of another comparison than"),
+        (["a", "c"], "have rows of 'classical' with different settings"),
+        (["a", "nowhere"], "holds no comparison.json; give folders that qattn compare wrote"),
+    ):
+        folders = [str(tmp_path / part) for part in parts]
+        assert main(["merge", *folders, "--output", str(tmp_path / "merged")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "merged" / "rows.csv").exists()
+
+
+def test_a_killed_sweep_gives_the_same_table(write, tmp_path):
+    options = {"learning_rates": [0.001, 0.01], "tuning_steps": 3}
+    assert main(["compare", "--config", str(write("unbroken", **options))]) == 0
+    expected = rows_of(tmp_path / "unbroken")
+    file = write("killed", **options)
+    command = [sys.executable, "-m", "lightning_modules", "compare", "--config", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for wanted in (1, 2):  # killed once there are so many rows, in the middle of the next run
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(rows_of(tmp_path / "killed")) < wanted:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert wanted <= len(rows_of(tmp_path / "killed"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("row.json")}
+    assert main(["compare", "--config", str(file)]) == 0
+    found = rows_of(tmp_path / "killed")
+    assert found == expected
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+def test_rows_of_other_settings_are_not_taken(write, capsys):
+    options = {"mechanisms": {"classical": "classical"}, "seeds": [3]}
+    assert main(["compare", "--config", str(write(**options))]) == 0
+    other = {**FIT, "trainer": {**FIT["trainer"], "max_steps": 5}}
+    assert main(["compare", "--config", str(write(**options, fit=other))]) == 2
+    assert "belongs to a comparison with other settings; choose another output, or" in capsys.readouterr().err
+    assert main(["compare", "--config", str(write(**options, fit=other)), "--overwrite", "true"]) == 0
+
+
+def test_a_dry_run_trains_nothing(write, tmp_path, capsys):
+    assert main(["compare", "--config", str(write(twins=True)), "--dry_run", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "6 runs of training to do, 24 steps" in out and "classical-h" in out
+    assert not list((tmp_path / "study").rglob("*.ckpt"))
+
+
+def test_what_diverges_is_not_taken(write, tmp_path):
+    options = {
+        "mechanisms": {"classical": "classical"},
+        "seeds": [3],
+        "learning_rates": [1e30, 0.01],
+        "tuning_steps": 30,
+    }
+    assert main(["compare", "--config", str(write(**options))]) == 0
+    (row,) = rows_of(tmp_path / "study").values()
+    assert row["learning_rate"] == 0.01 and row["learning_rates_tried"][0] == [1e30, None]
+    assert math.isfinite(row["cross_entropy"])
+
+
+def test_leaks_are_refused_or_labelled(write, tmp_path, capsys):
+    options = {"mechanisms": {"classical": "classical", "copying": "qisa-published"}, "seeds": [3]}
+    assert main(["compare", "--config", str(write(**options))]) == 1
+    assert "LEAKS" in capsys.readouterr().err and not list((tmp_path / "study").rglob("*.ckpt"))
+    assert main(["compare", "--config", str(write(**options, allow_noncausal=True))]) == 0
+    out = capsys.readouterr().out
+    rows = rows_of(tmp_path / "study")
+    assert rows["copying"]["causality"] == "LEAKS" and rows["classical"]["causality"] == "causal"
+    assert "LEAKS" in out
+    for name in ("rows.csv", "table.csv", "table.md", "comparison.html", "report.html"):
+        assert "LEAKS" in (tmp_path / "study" / name).read_text(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ablations": ["foo"]}, "unknown ablation 'foo'; choose from frozen, random, linear"),
+        ({"ablate": ["foo"]}, "ablate names 'foo'; choose from the mechanisms: classical, qisa"),
+        ({"learning_rates": [0.1, -1.0]}, "learning_rates must be positive and finite; got [0.1, -1.0]"),
+        ({"tuning_steps": 0}, "tuning_steps must be at least 1; got 0"),
+        ({"timing_rounds": -1}, "timing_rounds must be at least 0; got -1"),
+        ({"shard": "3/2"}, "shard must be i/n, as 1/3, 2/3 and 3/3; got '3/2'"),
+        ({"shard": "0/2"}, "shard must be i/n"),
+        ({"corpora": {"a/b": {}}}, "the name of a corpus is a folder's name; got 'a/b'"),
+        ({"corpora": {"a": {"corpus": "nowhere.txt"}}}, "unknown corpus 'nowhere.txt'"),
+        ({"sizes": {"a": {"embed_dim": 0}}}, "embed_dim must be an integer of at least 1; got 0"),
+        ({"split": "test", "fit": {**FIT, "data": {**FIT["data"], "val_fraction": 0.2}}}, "there is no test split"),
+        (
+            {"fit": {**FIT, "trainer": {**FIT["trainer"], "max_steps": -1, "max_time": "00:00:01:00"}}},
+            "needs an end of its",
+        ),
+    ],
+)
+def test_bad_input(write, options, message, capsys, tmp_path):
+    assert main(["compare", "--config", str(write(**options))]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and message in errors[0]
+    assert not list((tmp_path / "study").rglob("*.ckpt"))
