@@ -9,6 +9,7 @@ from pennylane_qattn.ansatz import (
     StronglyEntangling,
 )
 from pennylane_qattn.attention import Attention, KeyValueCache
+from pennylane_qattn.causality import Certificate, certify
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, AngleEncoding, Encoding
 from pennylane_qattn.execution import make_executor, set_execution
@@ -24,19 +25,36 @@ from pennylane_qattn.mechanisms import (
     ATTENTION,
     QISA,
     QSANN,
+    VALUES,
     Classical,
     Gaussian,
     Mechanism,
     Overlap,
     QISAAbsorbed,
     QSANNMulti,
+    ScaledDot,
     build_attention,
 )
 from pennylane_qattn.noise import Noise
 from pennylane_qattn.openqasm import measurement_settings, to_openqasm
 from pennylane_qattn.planning import Execution, Plan
+from pennylane_qattn.published import QISAAbsorbedPublished, QISAPublished, QSANNMultiPublished, QSANNPublished
 from pennylane_qattn.resources import circuit_resources, training_executions
-from pennylane_qattn.scores import GaussianScore, OverlapScore, PublishedGaussianScore, ScaledDotScore, Score
+from pennylane_qattn.scores import (
+    GaussianScore,
+    OverlapScore,
+    PublishedGaussianScore,
+    ScaledDotScore,
+    Score,
+    TemperedDotScore,
+)
+from pennylane_qattn.value_maps import (
+    LearnedCircuitFeatureMap,
+    LearnedQuadraticFeatureMap,
+    MixedFeatureMap,
+    RandomAbsorbedFeatureMap,
+    RandomQuadraticFeatureMap,
+)
 
 __all__ = [
     "ANSATZE",
@@ -44,11 +62,13 @@ __all__ = [
     "ENCODINGS",
     "QISA",
     "QSANN",
+    "VALUES",
     "AmplitudeEncoding",
     "AngleEncoding",
     "Ansatz",
     "Attention",
     "BasicEntangler",
+    "Certificate",
     "Circuit",
     "CircuitFeatureMap",
     "CircuitLayer",
@@ -60,23 +80,34 @@ __all__ = [
     "Gaussian",
     "GaussianScore",
     "KeyValueCache",
+    "LearnedCircuitFeatureMap",
+    "LearnedQuadraticFeatureMap",
     "LinearFeatureMap",
     "Mechanism",
+    "MixedFeatureMap",
     "Noise",
     "Overlap",
     "OverlapScore",
     "Plan",
     "PublishedGaussianScore",
     "QISAAbsorbed",
+    "QISAAbsorbedPublished",
     "QISAAnsatz",
-    "QSANN",
+    "QISAPublished",
     "QSANNMulti",
+    "QSANNMultiPublished",
+    "QSANNPublished",
     "QuadraticFeatureMap",
+    "RandomAbsorbedFeatureMap",
+    "RandomQuadraticFeatureMap",
+    "ScaledDot",
     "ScaledDotScore",
     "Score",
     "StateFeatureMap",
     "StronglyEntangling",
+    "TemperedDotScore",
     "build_attention",
+    "certify",
     "circuit_resources",
     "make_executor",
     "measurement_settings",

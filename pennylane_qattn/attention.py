@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from pennylane_qattn.features import FeatureMap
@@ -177,9 +177,14 @@ class Attention(nn.Module):
         dropout: probability of dropping an attention weight in training.
         name: what it is called when printed.
 
+    Attributes:
+        has_cache: it runs with a key/value cache; `False` where a later token changes outputs given before.
+
     Shapes:
         `x`: `(batch, seq, embed)`; the output has the same shape.
     """
+
+    has_cache: bool = True
 
     def __init__(
         self,
@@ -236,15 +241,15 @@ class Attention(nn.Module):
         q = self.score.queries(self.query_map(x))
         k, v, visibility = self._keys_and_values(x, key_padding_mask, position_ids, cache)
         dropout = self.dropout if self.training else 0.0
-        if self.score.is_dot_product:
+        if self.score.is_dot_product and self._applies_weights_as_they_are:
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
         else:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
-            heads = weights.to(v.dtype) @ v
+            heads = self.applied(weights, visibility).to(v.dtype) @ v
         out = self.out_proj(heads.transpose(1, 2).flatten(2))
         if not visibility.may_be_blind:
             return out
-        sees_nothing = ~visibility.mask(x.device).any(-1)[:, 0, :, None]
+        sees_nothing = ~self.applied(visibility.mask(x.device), visibility).any(-1)[:, 0, :, None]
         return out.masked_fill(sees_nothing, 0.0)
 
     def weights(
@@ -258,13 +263,37 @@ class Attention(nn.Module):
         self._check(x, key_padding_mask, position_ids, None)
         q = self.score.queries(self.query_map(x))
         k, _, visibility = self._keys_and_values(x, key_padding_mask, position_ids, None)
-        return attention_weights(self.score, q, k, visibility)
+        return self.applied(attention_weights(self.score, q, k, visibility), visibility)
+
+    def applied(
+        self, weights: Shaped[Tensor, "batch _ queries keys"], visibility: Visibility
+    ) -> Shaped[Tensor, "batch _ receivers senders"]:
+        """What the values are multiplied by: the normalised weights as they are.
+
+        Only `published.py` has it otherwise. The mask of what is seen, a boolean tensor, goes the same way.
+        """
+        return weights
+
+    @property
+    def _applies_weights_as_they_are(self) -> bool:
+        """Fused attention is no way round a subclass's `applied`."""
+        return type(self).applied is Attention.applied
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
         """An empty cache for `batch_size` rows and `block_size` tokens."""
+        self._check_cache()
         return KeyValueCache(batch_size, self.block_size)
 
+    def _check_cache(self) -> None:
+        if not self.has_cache:
+            raise ValueError(
+                f"{self.name} attention runs without a key/value cache, as later tokens change its earlier outputs; "
+                "generate without one (use_cache=False)"
+            )
+
     def _check(self, x: Tensor, padding: Tensor | None, positions: Tensor | None, cache: KeyValueCache | None) -> None:
+        if cache is not None:
+            self._check_cache()
         if x.ndim != 3:
             raise ValueError(f"embeddings must have the shape (batch, seq, embed); got {tuple(x.shape)}")
         for name, given in (("key_padding_mask", padding), ("position_ids", positions)):
@@ -296,10 +325,10 @@ class Attention(nn.Module):
 
     def __repr__(self) -> str:
         described = [f"embed={self.embed_dim}", f"heads={self.num_heads}", f"head_dim={self.head_dim}"]
-        for part in dict.fromkeys(getattr(m, "num_wires", None) for m in (self.query_map, self.value_map)):
-            if part is not None:
-                described.append(f"qubits={part}")
-                break
+        parts = (part for feature_map in (self.query_map, self.value_map) for part in feature_map.modules())
+        qubits = next((part.num_wires for part in parts if hasattr(part, "num_wires")), None)
+        if qubits is not None:
+            described.append(f"qubits={qubits}")
         if not self.is_causal:
             described.append("causal=False")
         return f"{self.name}({', '.join(described)})"

@@ -101,6 +101,10 @@ class PerHeadFeatureMap(FeatureMap):
         self.prepare()
         return self
 
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._apply(lambda tensor: tensor)  # assigned tensors may be of half precision
+
 
 class _MeasuredFeatureMap(PerHeadFeatureMap):
     """Base of maps that measure Pauli words. The words are a buffer, so they travel in the checkpoint."""
@@ -135,10 +139,9 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
         if codes is not None and (codes.is_floating_point() or ((codes < 0) | (codes > 3)).any()):
             raise ValueError(f"{prefix}word_codes must hold 0 to 3 for I, X, Y, Z; got {codes.unique().tolist()}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._apply(lambda tensor: tensor)  # assigned tensors may be of half precision
 
 
-def _default_dtype() -> torch.dtype:
+def default_dtype() -> torch.dtype:
     """That of new parameters, but float32 at least."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
@@ -156,6 +159,7 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         words: the same observables for every head instead of drawn ones.
         seed: draws the words; one or several non-negative integers.
         execution: how the circuits are run, or the name of an executor.
+        trainable: `False` freezes the angles where they are drawn; the checkpoint holds them all the same.
 
     Shapes:
         `weights`: `(heads, *ansatz.shape(num_wires))`, radians, drawn uniformly from [0, 2 pi).
@@ -172,6 +176,7 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         words: Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
         execution: Execution | str = "auto",
+        trainable: bool = True,
     ):
         self.ansatz, self.encoding = ANSATZE.build(ansatz), ENCODINGS.build(encoding)
         out_features = out_features if words is None else len(words)
@@ -179,7 +184,8 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         self._how: tuple = (execution, 0, None)
         self.executor = self.make_executor(*self._how)
         shape = (num_heads, *self.ansatz.shape(self.num_wires))
-        self.weights = nn.Parameter(torch.rand(shape, dtype=_default_dtype()) * 2 * math.pi)
+        angles = torch.rand(shape, dtype=default_dtype()) * 2 * math.pi
+        self.weights = nn.Parameter(angles, requires_grad=trainable)
         self.executor.prepare(self.weights.dtype, self.weights.device)
 
     @property
@@ -211,6 +217,11 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         if [c.words for c in self.executor.circuits] != self.words:
             self.executor = self.make_executor(*self._how)
         self.executor.prepare(self.weights.dtype, self.weights.device)
+
+
+def circuit_within(feature_map: nn.Module) -> CircuitFeatureMap | None:
+    """The circuit feature map that a map is, or has among its parts; `None` if it has no circuit."""
+    return next((part for part in feature_map.modules() if isinstance(part, CircuitFeatureMap)), None)
 
 
 class StateFeatureMap(CircuitFeatureMap):
@@ -262,7 +273,7 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         super().__init__(embed_dim, num_heads, out_features, split, AmplitudeEncoding(), words, seed)
         bound = self.in_features**-0.5
         shape = (num_heads, self.in_features, self.in_features)
-        weight = torch.empty(shape, dtype=_default_dtype()).uniform_(-bound, bound)
+        weight = torch.empty(shape, dtype=default_dtype()).uniform_(-bound, bound)
         self.weight = nn.Parameter(weight)
         self._folds: dict = {}
         self._readouts = Memory()

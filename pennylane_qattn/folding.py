@@ -307,8 +307,8 @@ class Fold:
 class Memory:
     """Keeps the latest result of a function of some weights for as long as the weights have the same values.
 
-    The values themselves are compared with a copy: version counters miss `.data` and NumPy aliases. It serves where no
-    gradient is wanted, as in generation token by token; otherwise, and under `torch.compile`, it steps aside.
+    The values themselves are compared with a copy: version counters miss `.data` and NumPy aliases. It serves where the
+    weights need no gradient, as in generation token by token; otherwise, and under `torch.compile`, it steps aside.
     """
 
     def __init__(self):
@@ -318,8 +318,9 @@ class Memory:
 
     def __call__(self, function: Callable[[], Any], weights: Tensor, key: Any = None) -> Any:
         """`function()`, or what it gave last time if neither `weights` nor `key` has changed since."""
-        if torch.is_grad_enabled() or is_transformed():
+        if (torch.is_grad_enabled() and weights.requires_grad) or is_transformed():
             return function()
+        key = (key, torch.is_inference_mode_enabled())  # autograd keeps no tensor of inference mode, even a constant
         held = self._weights
         comparable = held is not None and (held.dtype, held.device) == (weights.dtype, weights.device)
         if not (comparable and self._key == key and torch.equal(held, weights)):

@@ -4,9 +4,10 @@ A mechanism is a description and a factory: `mechanism(embed_dim, num_heads, blo
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 from pennylane_qattn.ansatz import ANSATZE, Ansatz
 from pennylane_qattn.attention import Attention
@@ -19,7 +20,21 @@ from pennylane_qattn.features import (
     StateFeatureMap,
 )
 from pennylane_qattn.registry import Description, Registry
-from pennylane_qattn.scores import GaussianScore, OverlapScore, PublishedGaussianScore, ScaledDotScore, Score
+from pennylane_qattn.scores import (
+    GaussianScore,
+    OverlapScore,
+    PublishedGaussianScore,
+    ScaledDotScore,
+    Score,
+    TemperedDotScore,
+)
+from pennylane_qattn.value_maps import (
+    LearnedCircuitFeatureMap,
+    LearnedQuadraticFeatureMap,
+    MixedFeatureMap,
+    RandomAbsorbedFeatureMap,
+    RandomQuadraticFeatureMap,
+)
 
 #: Attention mechanisms by name.
 ATTENTION: "Registry[Mechanism]" = Registry("attention")
@@ -29,13 +44,20 @@ ATTENTION: "Registry[Mechanism]" = Registry("attention")
 class Mechanism(Description, ABC):
     """A named way to attend.
 
+    Attributes:
+        is_published: a published form that sees the future, kept for reproduction (`published.py`).
+        attention_class: what a call builds.
+
     Args:
         head_dim: features of one head's values (the number of observables of a circuit); `None`: embed_dim / num_heads.
         out_bias: bias of the output projection.
         dropout: probability of dropping an attention weight in training.
         is_causal: no token sees a later one.
-        seed: draws the Pauli words, together with the layer's number.
+        seed: draws Pauli words and random quadratic forms, together with the layer's number.
     """
+
+    is_published: ClassVar[bool] = False
+    attention_class: ClassVar[type[Attention]] = Attention
 
     head_dim: int | None = None
     out_bias: bool = True
@@ -64,7 +86,7 @@ class Mechanism(Description, ABC):
         if head_dim < 1:
             raise ValueError(f"head_dim must be at least 1; got {head_dim}")
         query_map, key_map, value_map, score = self.parts(embed_dim, num_heads, head_dim, (self.seed, layer))
-        return Attention(
+        return self.attention_class(
             query_map,
             key_map,
             value_map,
@@ -102,112 +124,43 @@ class CircuitMechanism(Mechanism, ABC):
         ansatz: the trainable circuit, an `Ansatz` or its name in `ANSATZE`.
         encoding: how a vector becomes a state, an `Encoding` or its name in `ENCODINGS`.
         split: each head encodes its own slice of the embedding (far cheaper) instead of the whole (as published).
+        trainable: `False` freezes the circuits' angles where they are drawn.
     """
 
     ansatz: Ansatz | str = "qisa"
     encoding: Encoding | str = "amplitude"
     split: bool = False
+    trainable: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "ansatz", ANSATZE.build(self.ansatz))
         object.__setattr__(self, "encoding", ENCODINGS.build(self.encoding))
 
-    def circuit(self, embed_dim: int, num_heads: int, observables: int, seed: tuple, **options) -> CircuitFeatureMap:
-        """One circuit feature map with this mechanism's ansatz and encoding."""
-        return CircuitFeatureMap(
-            embed_dim, num_heads, observables, self.ansatz, self.encoding, self.split, seed=seed, **options
-        )
-
-
-@ATTENTION.register
-@dataclass(frozen=True, kw_only=True)
-class QISA(CircuitMechanism):
-    r"""QISA "v3", "QISA-A" (arXiv 2603.03318), causal: linear queries and keys, circuit values.
-
-    Score :math:`\exp(-\lVert q-k\rVert^2)`; `2(dh + h) + 3n` parameters per head in q, k and v.
-
-    Args:
-        bias: bias of the query and key maps.
-    """
-
-    name = "qisa"
-    bias: bool = True
-
-    def parts(self, embed_dim, num_heads, head_dim, seed):
-        q, k = (LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias) for _ in range(2))
-        v = self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
-        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
-
-
-@ATTENTION.register
-@dataclass(frozen=True, kw_only=True)
-class QISAAbsorbed(Mechanism):
-    r"""QISA with the circuit absorbed into a linear map (arXiv 2603.03318), causal.
-
-    Values :math:`u^T P_o u`, :math:`u = Wx`; `2(dh + h) + d^2` parameters per head in q, k and v.
-
-    Args:
-        bias: bias of the query and key maps.
-        split: each head reads its own slice of the embedding in its values.
-    """
-
-    name = "qisa-absorbed"
-    bias: bool = True
-    split: bool = False
-
-    def parts(self, embed_dim, num_heads, head_dim, seed):
-        q, k = (LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias) for _ in range(2))
-        v = QuadraticFeatureMap(embed_dim, num_heads, head_dim, self.split, seed=(*seed, 2))
-        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
-
-
-@ATTENTION.register
-@dataclass(frozen=True, kw_only=True)
-class QSANN(CircuitMechanism):
-    r"""QSANN (arXiv 2205.05625; QISA "v1"), causal: circuits for all three, queries and keys measure Z on wire 0.
-
-    Score :math:`\exp(-(q-k)^2)`; `9n` parameters per head with the published ansatz.
-    """
-
-    name = "qsann"
-
-    def parts(self, embed_dim, num_heads, head_dim, seed):
-        width = embed_dim // num_heads if self.split else embed_dim
-        z_on_first = ("Z".ljust(ENCODINGS.build(self.encoding).num_wires(width), "I"),)
-        q, k = (self.circuit(embed_dim, num_heads, 1, (*seed, i), words=z_on_first) for i in range(2))
-        v = self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
-        return q, k, v, PublishedGaussianScore(num_heads, 1)
-
-
-@ATTENTION.register
-@dataclass(frozen=True, kw_only=True)
-class QSANNMulti(CircuitMechanism):
-    r"""QISA "v2" (arXiv 2603.03318), causal: circuits for all three, each measuring h Pauli words.
-
-    Score :math:`\exp(-\lVert q-k\rVert^2)`; `9n` parameters per head with the published ansatz.
-    """
-
-    name = "qsann-multi"
-
-    def parts(self, embed_dim, num_heads, head_dim, seed):
-        # queries and keys are compared feature by feature, so they measure the same words
-        q, k = (self.circuit(embed_dim, num_heads, head_dim, (*seed, 0)) for _ in range(2))
-        v = self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
-        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
-
-
-#: Value maps that `gaussian` and `overlap` may use.
-VALUES = ("linear", "circuit", "quadratic")
+    def circuit(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        observables: int,
+        seed: tuple,
+        kind: type[FeatureMap] = CircuitFeatureMap,
+        **options: Any,
+    ) -> FeatureMap:
+        """One circuit feature map, or one of another kind, with this mechanism's ansatz and encoding."""
+        options = {"seed": seed, "trainable": self.trainable, **options}
+        return kind(embed_dim, num_heads, observables, self.ansatz, self.encoding, self.split, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FreeValues(CircuitMechanism, ABC):
+class FreeValues(CircuitMechanism, ABC):
     """A mechanism with a choice of value map.
 
     Args:
-        values: `"linear"`, `"circuit"` (as `qisa`) or `"quadratic"` (as `qisa-absorbed`).
+        values: one of `VALUES`; by default the mechanism's own.
         bias: bias of the linear maps.
     """
+
+    #: Queries and keys come from circuits, whatever the values are.
+    circuit_queries: ClassVar[bool] = False
 
     values: str = "linear"
     bias: bool = False
@@ -216,20 +169,169 @@ class _FreeValues(CircuitMechanism, ABC):
         super().__post_init__()
         if self.values not in VALUES:
             raise ValueError(f"values must be one of {', '.join(VALUES)}; got {self.values!r}")
+        if not (self.trainable or self.circuit_queries or VALUES[self.values].has_circuit):
+            raise ValueError(
+                f"trainable=False freezes the angles of circuits, and {self.name} with values {self.values!r} has "
+                "none; leave it out, or choose values with a circuit"
+            )
+
+    def linear_queries(self, embed_dim: int, num_heads: int, features: int) -> tuple[FeatureMap, FeatureMap]:
+        """Linear query and key maps."""
+        return tuple(LinearFeatureMap(embed_dim, num_heads, features, self.bias) for _ in range(2))
 
     def value_map(self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple) -> FeatureMap:
         """The chosen value map."""
-        if self.values == "linear":
-            return LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias)
-        if self.values == "circuit":
-            return self.circuit(embed_dim, num_heads, head_dim, (*seed, 2))
-        return QuadraticFeatureMap(embed_dim, num_heads, head_dim, self.split, seed=(*seed, 2))
+        return VALUES[self.values].build(self, embed_dim, num_heads, head_dim, seed=(*seed, 2))
+
+
+@dataclass(frozen=True)
+class Values:
+    """How value maps are built, `build(mechanism, embed_dim, num_heads, head_dim, seed=...)`; what they hold."""
+
+    build: Callable[..., FeatureMap]
+    has_circuit: bool = False
+
+
+#: Value maps by name. With the published ansatz on n qubits, and biases apart, a head's values have these parameters:
+#:
+#: - `linear`: `dh`;
+#: - `circuit`, as `qisa`: `3n`;
+#: - `quadratic`, as `qisa-absorbed`: `d^2`;
+#: - `random-quadratic`, `circuit` with random forms in place of its observables: none;
+#: - `random-absorbed`, `quadratic` with random forms in place of its Pauli words: `d^2`;
+#: - `learned-quadratic`, any observables: `d^2 + dh`;
+#: - `learned-circuit`, any observables that are diagonal after the circuit: `3n + (2^n - 1)h`;
+#: - `mixed-circuit`, `linear` and `circuit` added, each with a learned weight: `dh + 3n + 2`;
+#: - `mixed-quadratic`, `linear` and `quadratic` likewise: `dh + d^2 + 2`.
+VALUES: dict[str, Values] = {
+    "linear": Values(lambda m, *sizes, seed: LinearFeatureMap(*sizes, m.bias)),
+    "circuit": Values(lambda m, *sizes, seed: m.circuit(*sizes, seed), has_circuit=True),
+    "quadratic": Values(lambda m, *sizes, seed: QuadraticFeatureMap(*sizes, m.split, seed=seed)),
+    "random-quadratic": Values(lambda m, *sizes, seed: RandomQuadraticFeatureMap(*sizes, m.split, seed=seed)),
+    "random-absorbed": Values(lambda m, *sizes, seed: RandomAbsorbedFeatureMap(*sizes, m.split, seed=seed)),
+    "learned-quadratic": Values(lambda m, *sizes, seed: LearnedQuadraticFeatureMap(*sizes, m.split)),
+    "learned-circuit": Values(
+        lambda m, *sizes, seed: m.circuit(*sizes, seed, LearnedCircuitFeatureMap), has_circuit=True
+    ),
+    "mixed-circuit": Values(lambda m, *sizes, seed: MixedFeatureMap(m.circuit(*sizes, seed), m.bias), has_circuit=True),
+    "mixed-quadratic": Values(
+        lambda m, *sizes, seed: MixedFeatureMap(QuadraticFeatureMap(*sizes, m.split, seed=seed), m.bias)
+    ),
+}
 
 
 @ATTENTION.register
 @dataclass(frozen=True, kw_only=True)
-class Gaussian(_FreeValues):
+class QISA(FreeValues):
+    r"""QISA "v3", "QISA-A" (arXiv 2603.03318), causal: linear queries and keys, circuit values.
+
+    Score :math:`\exp(-\lVert q-k\rVert^2)`; `2(dh + h) + 3n` parameters per head in q, k and v.
+    """
+
+    name = "qisa"
+    values: str = "circuit"
+    bias: bool = True
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = self.linear_queries(embed_dim, num_heads, head_dim)
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class QISAAbsorbed(FreeValues):
+    r"""QISA with the circuit absorbed into a linear map (arXiv 2603.03318), causal.
+
+    Values :math:`u^T P_o u`, :math:`u = Wx`; `2(dh + h) + d^2` parameters per head in q, k and v.
+    """
+
+    name = "qisa-absorbed"
+    values: str = "quadratic"
+    bias: bool = True
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = self.linear_queries(embed_dim, num_heads, head_dim)
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class QSANN(FreeValues):
+    r"""QSANN (arXiv 2205.05625; QISA "v1"), causal: circuits for all three, queries and keys measure Z on wire 0.
+
+    Score :math:`\exp(-(q-k)^2)`; `9n` parameters per head with the published ansatz.
+    """
+
+    name = "qsann"
+    circuit_queries: ClassVar[bool] = True
+    values: str = "circuit"
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        width = embed_dim // num_heads if self.split else embed_dim
+        z_on_first = ("Z".ljust(ENCODINGS.build(self.encoding).num_wires(width), "I"),)
+        q, k = (self.circuit(embed_dim, num_heads, 1, (*seed, i), words=z_on_first) for i in range(2))
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, PublishedGaussianScore(num_heads, 1)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class QSANNMulti(FreeValues):
+    r"""QISA "v2" (arXiv 2603.03318), causal: circuits for all three, each measuring h Pauli words.
+
+    Score :math:`\exp(-\lVert q-k\rVert^2)`; `9n` parameters per head with the published ansatz.
+    """
+
+    name = "qsann-multi"
+    circuit_queries: ClassVar[bool] = True
+    values: str = "circuit"
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        # queries and keys are compared feature by feature, so they measure the same words
+        q, k = (self.circuit(embed_dim, num_heads, head_dim, (*seed, 0)) for _ in range(2))
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, PublishedGaussianScore(num_heads, head_dim)
+
+
+#: The scores of `scaled-dot` by what its temperature is.
+TEMPERATURES: dict[str, type[Score]] = {"fixed": ScaledDotScore, "learned": TemperedDotScore}
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class ScaledDot(FreeValues):
+    r"""Scaled dot-product attention, as `classical`, with any values.
+
+    With quadratic values `2dh + d^2` parameters per head in q, k and v, biases apart; one more for a learned
+    temperature.
+
+    Args:
+        temperature: `"fixed"`, :math:`1/\sqrt{h}`, or `"learned"`: an inverse temperature per head that starts there.
+    """
+
+    name = "scaled-dot"
+    values: str = "quadratic"
+    temperature: str = "fixed"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature not in TEMPERATURES:
+            raise ValueError(f"temperature must be one of {', '.join(TEMPERATURES)}; got {self.temperature!r}")
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = self.linear_queries(embed_dim, num_heads, head_dim)
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, TEMPERATURES[self.temperature](num_heads, head_dim)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class Gaussian(FreeValues):
     r"""Score :math:`-\beta\lVert q-k\rVert^2`, :math:`\beta` learned per head: QISA's score without its outer exp.
+
+    With linear values `3dh + 1` parameters per head in q, k, v and score, biases apart.
 
     Args:
         beta: starting value of the inverse temperature; `None`: as sharp as scaled dot-product attention.
@@ -239,26 +341,36 @@ class Gaussian(_FreeValues):
     beta: float | None = None
 
     def parts(self, embed_dim, num_heads, head_dim, seed):
-        q, k = (LinearFeatureMap(embed_dim, num_heads, head_dim, self.bias) for _ in range(2))
+        q, k = self.linear_queries(embed_dim, num_heads, head_dim)
         v = self.value_map(embed_dim, num_heads, head_dim, seed)
         return q, k, v, GaussianScore(num_heads, head_dim, self.beta)
 
 
 @ATTENTION.register
 @dataclass(frozen=True, kw_only=True)
-class Overlap(_FreeValues):
+class Overlap(FreeValues):
     r"""Score :math:`\lambda\,|\langle\psi(q)|\psi(k)\rangle|^2` between states that two circuits prepare.
+
+    With linear values `6n + dh + 1` parameters per head in q, k, v and score, biases apart.
 
     Args:
         strength: starting value of :math:`\lambda`.
     """
 
     name = "overlap"
+    circuit_queries: ClassVar[bool] = True
     strength: float = 8.0
 
     def parts(self, embed_dim, num_heads, head_dim, seed):
         q, k = (
-            StateFeatureMap(embed_dim, num_heads, ansatz=self.ansatz, encoding=self.encoding, split=self.split)
+            StateFeatureMap(
+                embed_dim,
+                num_heads,
+                ansatz=self.ansatz,
+                encoding=self.encoding,
+                split=self.split,
+                trainable=self.trainable,
+            )
             for _ in range(2)
         )
         v = self.value_map(embed_dim, num_heads, head_dim, seed)

@@ -56,24 +56,26 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         with torch.autocast(upstream.device.type, enabled=False):
-            return _Blocked._gradients(*ctx.saved_tensors, upstream)
+            return _Blocked._gradients(*ctx.saved_tensors, upstream, ctx.needs_input_grad[1])
 
     @staticmethod
-    def _gradients(a: Tensor, rows: Tensor, signs: Tensor, upstream: Tensor):
+    def _gradients(a: Tensor, rows: Tensor, signs: Tensor, upstream: Tensor, rows_wanted: bool):
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
             weighted = 2 * (a @ rows.transpose(1, 2)) * (upstream @ signs.transpose(1, 2))
             by_head = weighted @ rows
             return by_head.sum_to_size(a.shape), weighted.transpose(1, 2) @ a, None
         by_head, by_rows = [], []
         for head, inputs in enumerate(a.expand(len(rows), -1, -1)):
-            pieces, total = [], torch.zeros_like(rows[head])
+            pieces, total = [], torch.zeros_like(rows[head]) if rows_wanted else None
             for part in _blocks(inputs, rows):
                 weighted = (inputs[part] @ rows[head].T) * (upstream[head, part] @ signs[head].T)
                 pieces.append(weighted @ rows[head])
-                total = total + weighted.T @ inputs[part]
+                if rows_wanted:
+                    total = total + weighted.T @ inputs[part]
             by_head.append(torch.cat(pieces) if pieces else torch.zeros_like(inputs))
             by_rows.append(total)
-        return 2 * torch.stack(by_head).sum_to_size(a.shape), 2 * torch.stack(by_rows), None
+        by_rows = 2 * torch.stack(by_rows) if rows_wanted else None
+        return 2 * torch.stack(by_head).sum_to_size(a.shape), by_rows, None
 
 
 def _blocks(inputs: Tensor, rows: Tensor) -> list[slice]:

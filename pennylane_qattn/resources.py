@@ -25,7 +25,7 @@ from pennylane_qattn.attention import Attention
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.counting import Executions, inference_executions, settings_of, training_executions
 from pennylane_qattn.encoding import Encoding
-from pennylane_qattn.features import CircuitFeatureMap, StateFeatureMap
+from pennylane_qattn.features import StateFeatureMap, circuit_within
 from pennylane_qattn.gates import EncodingBox, ansatz_operations, encoding_operations
 from pennylane_qattn.planning import METHODS
 
@@ -219,8 +219,8 @@ def circuit_groups(attentions: Iterable[Attention]) -> list[CircuitGroup]:
     groups: dict[tuple, list[tuple[tuple[int, int, str], Circuit]]] = {}
     for layer, attention in enumerate(attentions, 1):
         for name in MAPS:
-            feature_map = getattr(attention, f"{name}_map")
-            if not isinstance(feature_map, CircuitFeatureMap):
+            feature_map = circuit_within(getattr(attention, f"{name}_map"))
+            if feature_map is None:
                 continue
             for_states = isinstance(feature_map, StateFeatureMap)
             for head, circuit in enumerate(feature_map.circuits, 1):

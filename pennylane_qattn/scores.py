@@ -60,6 +60,32 @@ class ScaledDotScore(Score):
         return q @ k.transpose(-2, -1) * self.scale
 
 
+class TemperedDotScore(Score):
+    r""":math:`a_{ij} = \beta\, q_i \cdot k_j`, the inverse temperature :math:`\beta > 0` learned per head.
+
+    It starts at :math:`1/\sqrt{f}`, as the scaled dot product.
+    """
+
+    is_dot_product = True
+
+    def __init__(self, num_heads: int, features: int):
+        super().__init__(num_heads, features)
+        self.raw_beta = _positive_parameter(num_heads, features**-0.5)
+
+    @property
+    def beta(self) -> Float[Tensor, " heads"]:
+        """The inverse temperature of each head."""
+        return F.softplus(self.raw_beta)
+
+    def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        return self.beta.to(q.dtype)[:, None, None] * q
+
+    def forward(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        return q @ k.transpose(-2, -1)
+
+
 class GaussianScore(Score):
     r""":math:`a_{ij} = -\beta \lVert q_i - k_j \rVert^2`, :math:`\beta > 0` learned per head.
 
@@ -80,8 +106,7 @@ class GaussianScore(Score):
         beta = 0.5 * features**-0.5 if beta is None else float(beta)
         if not 0 < beta < float("inf"):
             raise ValueError(f"beta must be positive and finite; got {beta}")
-        # softplus keeps beta positive; the parameter is its inverse at the starting value
-        self.raw_beta = nn.Parameter(torch.full((num_heads,), beta + math.log(-math.expm1(-beta))))
+        self.raw_beta = _positive_parameter(num_heads, beta)
 
     @property
     def beta(self) -> Float[Tensor, " heads"]:
@@ -165,6 +190,11 @@ class OverlapScore(Score):
             # <q|k> = (q_r k_r + q_i k_i) + i (q_r k_i - q_i k_r)
             overlap = overlap + (torch.cat((-imaginary, real), dim=-1) @ k.transpose(-2, -1)).square()
         return self.strength.to(overlap.dtype)[:, None, None] * overlap
+
+
+def _positive_parameter(num_heads: int, start: float) -> nn.Parameter:
+    """The inverse of softplus at a starting value: softplus of it stays positive."""
+    return nn.Parameter(torch.full((num_heads,), start + math.log(-math.expm1(-start))))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pennylane_qattn import ATTENTION
+from pennylane_qattn import ATTENTION, VALUES
 
 SCRIPT = """
 import sys
@@ -14,22 +14,24 @@ from pennylane_qattn import build_attention
 
 torch.manual_seed(0)
 x = torch.randn(2, 7, 12)
-for name in sys.argv[1:]:
+for case in sys.argv[1:]:
+    name, _, values = case.partition(":")
     torch._dynamo.reset()
-    module = build_attention(name, 12, 3, 7)
+    module = build_attention(name, 12, 3, 7, **({"values": values} if values else {}))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     out, expected = compiled(x), module(x)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     wanted = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
     gradients = torch.autograd.grad(out.square().sum(), list(module.parameters()))
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
-    print(name)
+    print(case)
 """
 
 
 @pytest.mark.timeout(600)
 def test_compiles_in_one_graph():
-    command = [sys.executable, "-c", SCRIPT, *ATTENTION]
+    cases = [*ATTENTION, *(f"scaled-dot:{values}" for values in VALUES)]
+    command = [sys.executable, "-c", SCRIPT, *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == list(ATTENTION)
+    assert done.stdout.split() == cases

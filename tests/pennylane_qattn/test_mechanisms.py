@@ -15,10 +15,12 @@ from dense_reference import causal_attention, qisa_values, word_matrix
 from pennylane_qattn import (
     ATTENTION,
     QISA,
+    VALUES,
     Attention,
     CircuitFeatureMap,
     Gaussian,
     GaussianScore,
+    LearnedCircuitFeatureMap,
     LinearFeatureMap,
     OverlapScore,
     PublishedGaussianScore,
@@ -28,6 +30,7 @@ from pennylane_qattn import (
     StateFeatureMap,
     build_attention,
 )
+from pennylane_qattn.features import circuit_within
 from pennylane_qattn.folding import Fold
 from pennylane_qattn.testing import assert_valid_attention
 
@@ -35,7 +38,7 @@ EMBED, HEADS, BLOCK, BATCH, SEQ = 15, 3, 11, 2, 7
 
 #: Every registered name, and the variants that take another way through the code.
 VARIANTS = {
-    **{name: (name, {}) for name in ATTENTION},
+    **{name: (name, {}) for name, mechanism in ATTENTION.items() if not mechanism.is_published},
     "qisa-split": ("qisa", {"split": True}),
     "qisa-angle": ("qisa", {"encoding": "angle", "split": True}),
     "qisa-strong": ("qisa", {"ansatz": "strongly-entangling", "head_dim": 7}),
@@ -44,6 +47,15 @@ VARIANTS = {
     "gaussian-circuit": ("gaussian", {"values": "circuit", "bias": True}),
     "gaussian-quadratic": ("gaussian", {"values": "quadratic"}),
     "overlap-circuit": ("overlap", {"values": "circuit"}),
+    "scaled-dot-learned": ("scaled-dot", {"values": "linear", "temperature": "learned", "bias": True}),
+    "qisa-linear": ("qisa", {"values": "linear"}),
+    "qisa-frozen": ("qisa", {"trainable": False}),
+    "qisa-random-quadratic": ("qisa", {"values": "random-quadratic"}),
+    "qsann-multi-learned-circuit": ("qsann-multi", {"values": "learned-circuit", "trainable": False}),
+    "qisa-absorbed-random": ("qisa-absorbed", {"values": "random-absorbed", "split": True}),
+    "overlap-learned-quadratic": ("overlap", {"values": "learned-quadratic", "split": True}),
+    "gaussian-mixed-circuit": ("gaussian", {"values": "mixed-circuit", "bias": True, "head_dim": 7}),
+    "scaled-dot-mixed-quadratic": ("scaled-dot", {"values": "mixed-quadratic", "split": True}),
     "classical-narrow": ("classical", {"head_dim": 2, "bias": True, "out_bias": False}),
 }
 
@@ -149,7 +161,7 @@ def test_a_fully_padded_row_gives_zero_and_finite_gradients(make, batch, dtype, 
     assert (out[0] == 0).all()
     (out + 1).square().sum().backward()
     assert torch.isfinite(x.grad).all() and (x.grad[0] == 0).all()
-    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.requires_grad)
     assert (module.weights(x, key_padding_mask=padding)[0] == 0).all()
 
 
@@ -187,9 +199,20 @@ def test_not_causal_sees_everything(make, x):
     torch.testing.assert_close(module(x.flip(1)).flip(1), module(x), rtol=1e-12, atol=1e-12)
 
 
+def drawn(module):
+    """What the seed decides: random forms, and words that are measured, unless they are the same for every head."""
+    found = []
+    for part in (module.query_map, module.key_map, module.value_map):
+        within = circuit_within(part) or part
+        fixed = isinstance(within, StateFeatureMap) or len(set(getattr(within, "words", [0, 1]))) == 1
+        found += [] if fixed else part.buffers()
+    return found
+
+
 def test_state_dict_into_another_seed(make, x):
     module, other = make(seed=1).double(), make(seed=2).double()
-    assert torch.equal(module(x), other(x)) != hasattr(module.value_map, "words")  # other words, other values
+    assert torch.equal(module(x), other(x)) != bool(drawn(module))  # other draws, other values
+    assert all(not torch.equal(a, b) for a, b in zip(drawn(module), drawn(other), strict=True))
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
@@ -216,8 +239,10 @@ def test_half_precision_keeps_angles_in_float32(make, half, x):
     assert out.dtype == half
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
     for name, parameter in low.named_parameters():
-        circuit = name.endswith((".weights", "value_map.weight"))
-        assert parameter.dtype == (torch.float32 if circuit else half), name
+        precise = name.endswith((".weights", "value_map.weight", "other_map.weight"))
+        precise |= name == "value_map.readout_weight" and not isinstance(low.value_map, LearnedCircuitFeatureMap)
+        assert parameter.dtype == (torch.float32 if precise else half), name
+    assert all(b.dtype == torch.float32 for b in low.buffers() if b.is_floating_point())
 
 
 def test_autocast_keeps_angles_in_float32(make, x):
@@ -402,14 +427,66 @@ def test_classical_is_torchs_multi_head_attention(x):
         ("qsann-multi", 9 * 4),
         ("qisa", 2 * (16 * 16 + 16) + 3 * 4),
         ("qisa-absorbed", 2 * (16 * 16 + 16) + 16 * 16),
+        ("gaussian", 3 * 16 * 16 + 1),
+        ("overlap", 2 * 3 * 4 + 16 * 16 + 1),
+        ("scaled-dot", 2 * 16 * 16 + 16 * 16),
     ],
 )
 @pytest.mark.parametrize("heads", [1, 2])
 def test_parameters_of_a_head(name, count, heads):
-    """QISA.md's table: q, k and v of one head with d = h = 16 (4 qubits), whole embedding."""
+    """The table of the mathematics: one head with d = h = 16 (4 qubits), whole embedding."""
     module = build_attention(name, 16, heads, 8, head_dim=16)
-    parts = (module.query_map, module.key_map, module.value_map)
+    parts = (module.query_map, module.key_map, module.value_map, module.score)
     assert sum(p.numel() for part in parts for p in part.parameters()) == heads * count
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        ("linear", 16 * 11),
+        ("circuit", 3 * 4),
+        ("quadratic", 16 * 16),
+        ("random-quadratic", 0),
+        ("random-absorbed", 16 * 16),
+        ("learned-quadratic", 16 * 16 + 16 * 11),
+        ("learned-circuit", 3 * 4 + 15 * 11),
+        ("mixed-circuit", 16 * 11 + 3 * 4 + 2),
+        ("mixed-quadratic", 16 * 11 + 16 * 16 + 2),
+    ],
+)
+@pytest.mark.parametrize("name", ["qisa", "qisa-absorbed", "qsann", "qsann-multi", "scaled-dot", "gaussian", "overlap"])
+def test_parameters_of_a_heads_values(name, values, count):
+    """Every mechanism with every map, d = 16 (4 qubits) and h = 11, whole embedding."""
+    options = {} if name.startswith("qsann") else {"bias": False}
+    module = build_attention(name, 16, 3, 8, head_dim=11, values=values, **options)
+    assert sum(p.numel() for p in module.value_map.parameters()) == 3 * count
+    assert module.value_map.out_features == 11 and module(torch.zeros(1, 2, 16)).shape == (1, 2, 16)
+
+
+def test_every_map_has_its_count():
+    (table,) = [m for m in test_parameters_of_a_heads_values.pytestmark if m.args[0] == ("values", "count")]
+    assert [values for values, _ in table.args[1]] == list(VALUES)
+
+
+def test_a_learned_temperature_starts_at_the_fixed_one(x):
+    made = []
+    for temperature in ("fixed", "learned"):
+        torch.manual_seed(5)
+        made.append(build_attention("scaled-dot", EMBED, HEADS, BLOCK, temperature=temperature).double())
+    fixed, learned = made
+    torch.testing.assert_close(learned(x), fixed(x), rtol=1e-6, atol=1e-6)  # the start is a float32
+    torch.testing.assert_close(learned.score.beta, torch.full((HEADS,), 5**-0.5).double(), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        learned.score.raw_beta[1] += 1
+    changed = (learned.weights(x) - fixed.weights(x)).abs().amax((0, 2, 3))
+    assert changed[0] < 1e-6 < 1e-2 < changed[1]
+
+
+def test_scaled_dot_with_linear_values_is_classical(x):
+    module = build_attention("scaled-dot", EMBED, HEADS, BLOCK, values="linear").double()
+    classical = build_attention("classical", EMBED, HEADS, BLOCK).double()
+    classical.load_state_dict(module.state_dict())
+    assert torch.equal(classical(x), module(x))
 
 
 @pytest.mark.parametrize("score", [ScaledDotScore, GaussianScore, PublishedGaussianScore, OverlapScore])
@@ -470,12 +547,34 @@ def test_angles_start_within_a_turn():
         (lambda: build_attention("classical", 4, 1, 4)(torch.zeros(1, 5, 4)), "5 tokens is longer than block_size=4"),
         (lambda: build_attention("classical", 4, 1, 4)(torch.zeros(1, 3, 5)), "width embed_dim=4; got 5"),
         (lambda: build_attention("classical", 4, 1, 4).new_cache(0), "at least 1; got 0 and 4"),
+        (
+            lambda: build_attention("gaussian", 4, 1, 4, trainable=False),
+            "gaussian with values 'linear' has none; leave it out",
+        ),
+        (
+            lambda: build_attention("qisa", 4, 1, 4, trainable=False, values="quadratic"),
+            "freezes the angles of circuits",
+        ),
+        (lambda: build_attention("scaled-dot", 4, 1, 4, temperature="hot"), "one of fixed, learned; got 'hot'"),
+        (lambda: build_attention("qsann", 4, 1, 4, values="magic"), "values must be one of linear, circuit, quadratic"),
+        (
+            lambda: build_attention("qisa", 257, 1, 4, values="learned-circuit"),
+            "on 8 qubits at most; got 9: use split heads",
+        ),
+        (
+            lambda: build_attention("qisa", 9, 1, 4, values="learned-circuit", encoding="angle"),
+            "on 8 qubits at most; got 9: use split heads, or amplitude encoding",
+        ),
+        (
+            lambda: build_attention("qisa", 2**12, 1, 4, values="random-quadratic", head_dim=64),
+            "1 x 64 random forms of 4096 inputs take 4.0 GiB; use split heads or fewer features",
+        ),
         (lambda: CircuitFeatureMap(4, 1, 1, words=("XX", "XQ")), "letters of IXYZ; got 'XQ'"),
         (lambda: CircuitFeatureMap(4, 1, 1, execution="foo"), "unknown executor 'foo'"),
     ],
 )
 def test_bad_input_is_one_line(call, message):
-    with pytest.raises(ValueError, match="got|unknown|option|longer|must") as error:
+    with pytest.raises(ValueError, match="got|unknown|option|longer|must|none|take") as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
 

@@ -4,6 +4,7 @@ from pennylane_qattn import (
     ANSATZE,
     ATTENTION,
     QISA,
+    VALUES,
     AmplitudeEncoding,
     Gaussian,
     Mechanism,
@@ -18,6 +19,21 @@ def test_plain_round_trip(name):
     plain = mechanism.to_plain()
     assert plain["kind"] == "attention" and plain["name"] == name and plain["head_dim"] == 5
     assert Mechanism.from_plain(plain) == mechanism
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_values_are_plain_and_come_back(values):
+    mechanism = ATTENTION.build("scaled-dot", values=values, temperature="learned")
+    plain = mechanism.to_plain()
+    assert plain["values"] == values and plain["trainable"] is True
+    assert Mechanism.from_plain(plain) == mechanism
+
+
+def test_plain_data_from_before_an_option_was_there():
+    plain = QISA(split=True).to_plain()
+    for option in ("values", "trainable"):
+        del plain[option]
+    assert Mechanism.from_plain(plain) == QISA(split=True)
 
 
 def test_nested_descriptions_are_plain_and_come_back():
@@ -47,7 +63,7 @@ def test_names_stand_for_descriptions():
         (lambda: ANSATZE.build("foo"), "unknown ansatz 'foo'"),
         (lambda: QISA(encoding="foo"), "unknown encoding 'foo'; choose from amplitude, angle"),
         (lambda: StronglyEntangling(layers=0), "layers must be an integer of at least 1; got 0"),
-        (lambda: Gaussian(values="foo"), "values must be one of linear, circuit, quadratic; got 'foo'"),
+        (lambda: Gaussian(values="foo"), "values must be one of linear, circuit, quadratic, random-quadratic"),
         (lambda: from_plain({"name": "qisa"}), "needs the keys 'kind' and 'name'"),
         (lambda: from_plain({"kind": "os", "name": "system"}), "unknown kind of description 'os'"),
         (lambda: Mechanism.from_plain({"kind": "ansatz", "name": "qisa"}), "expected a description"),
