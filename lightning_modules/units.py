@@ -95,7 +95,7 @@ class Unit:
             raise ValueError(
                 f"a run of {self._steps} steps would not be validated and have no best checkpoint; lower "
                 f"val_check_interval ({trainer.val_check_interval}) or check_val_every_n_epoch, raise "
-                f"limit_val_batches ({trainer.limit_val_batches}), or give evaluate: last"
+                f"limit_val_batches ({trainer.limit_val_batches:g}), or give evaluate: last"
             )
         self._tokens = data.batch_size * data.block_size * trainer.accumulate_grad_batches
         self._seconds = trainer.accumulate_grad_batches * _seconds_of_a_step(model, data)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lightning_modules.gpt import GPT, GPTConfig
-from pennylane_qattn import CircuitFeatureMap, Classical, LinearFeatureMap, Mechanism
+from pennylane_qattn import Classical, LinearFeatureMap, Mechanism
+from pennylane_qattn.features import circuit_within
 from pennylane_qattn.registry import Description
 
 #: By how much the number of parameters of a twin may differ.
@@ -77,7 +78,7 @@ def as_config(description: Description) -> dict[str, Any]:
 def _frozen(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
     """The circuits stay at the random angles that they began with."""
     maps = (attention.query_map, attention.key_map, attention.value_map)
-    if not getattr(mechanism, "trainable", False) or not any(isinstance(m, CircuitFeatureMap) for m in maps):
+    if not getattr(mechanism, "trainable", False) or all(circuit_within(m) is None for m in maps):
         return None
     return dataclasses.replace(mechanism, trainable=False)
 

@@ -199,7 +199,7 @@ class Values:
 #: - `quadratic`, as `qisa-absorbed`: `d^2`;
 #: - `random-quadratic`, `circuit` with random forms in place of its observables: none;
 #: - `random-absorbed`, `quadratic` with random forms in place of its Pauli words: `d^2`;
-#: - `learned-quadratic`, any observables: `d^2 + dh`;
+#: - `learned-quadratic`, observables with one learned basis in common: `d^2 + dh`;
 #: - `learned-circuit`, any observables that are diagonal after the circuit: `3n + (2^n - 1)h`;
 #: - `mixed-circuit`, `linear` and `circuit` added, each with a learned weight: `dh + 3n + 2`;
 #: - `mixed-quadratic`, `linear` and `quadratic` likewise: `dh + d^2 + 2`.

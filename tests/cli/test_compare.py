@@ -40,7 +40,7 @@ def test_table_samples_and_report(config, tmp_path, capsys):
     runs = results["results"]
     assert [run["name"] for run in runs] == ["classical", "quantum"]
     for run in runs:
-        assert run["causal"] is True and run["parameters"] > 0 and len(run["sample"]) == 4 + 9
+        assert run["causal"] is True and run["parameters"] > 0 and len(run["sample"]) == 2 + 9
         assert 0 < run["metrics"]["cross_entropy"] < 10 and len(run["per_position"]) == 5
     assert (tmp_path / "out" / "quantum" / "checkpoints" / "best.ckpt").is_file()
     assert (tmp_path / "out" / "circuit-quantum.png").is_file()
