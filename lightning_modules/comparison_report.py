@@ -304,9 +304,9 @@ def write_comparison(
     return folder / PAGE
 
 
-def write_rows(folder: str | Path, rows: Sequence[Row]) -> Path:
-    """Writes `rows.csv` alone, as `write_comparison` does."""
-    path = Path(folder) / ROWS
+def write_rows(folder: str | Path, rows: Sequence[Row], name: str = ROWS) -> Path:
+    """Writes `rows.csv` alone, as `write_comparison` does, or under another name."""
+    path = Path(folder) / name
     with atomic_write(path) as file:
         file.write(_csv([flat_row(row) for row in rows]))
     return path

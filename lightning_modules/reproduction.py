@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from lightning_modules.comparison_report import position_picture
+from lightning_modules.comparison_report import position_picture, write_rows
 from lightning_modules.files import atomic_write
 from lightning_modules.timing import describe_spread
 from lightning_modules.variants import ROLES
@@ -20,11 +20,11 @@ from lightning_modules.variants import ROLES
 CLAIMS = {"cer": 15.5, "wer": 4.7, "cross_entropy": 13.0, "inference": 2.6}
 #: What the mechanisms are called in the paper and in its code.
 NAMES = {"qsann": "v1", "qsann-multi": "v2", "qisa": "v3, QISA-A", "qisa-absorbed": "QISA"}
-PAGE, PICTURE = "reproduction.md", "reproduction-positions.png"
+PAGE, PICTURE, ROWS = "reproduction.md", "reproduction-positions.png", "reproduction-rows.csv"
 
 
 def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], timing: Mapping[str, Any] | None) -> Path:
-    """Writes the page and its picture.
+    """Writes the page, its picture and its rows.
 
     Args:
         folder: where they go, for example `docs`.
@@ -41,7 +41,9 @@ def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], timing: Mapping[
     if "classical" not in variants:
         raise ValueError("the page compares with classical attention, and there is no row of it; add `classical`")
     template = Path(__file__).parent / "templates" / PAGE
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     times = {kind: _times(timing, kind) for kind in ("inference", "training")}
     text = environment.from_string(template.read_text(encoding="utf-8")).render(
         classical=variants["classical"],
@@ -52,9 +54,11 @@ def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], timing: Mapping[
         times=times,
         timing=timing,
         picture=PICTURE,
+        table=ROWS,
         seeds=sorted({row["seed"] for row in rows}),
         first=rows[0],
     )
+    write_rows(folder, rows, ROWS)
     with atomic_write(folder / PICTURE) as file:
         file.write(position_picture(rows))
     with atomic_write(folder / PAGE, "w") as file:

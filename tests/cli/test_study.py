@@ -51,7 +51,7 @@ EVERYTHING = {
     "sizes": {"d8": {}, "d16": {"embed_dim": 16}},
     "twins": True,
     "ablations": ["frozen"],
-    "learning_rates": [0.001, 0.01],
+    "learning_rates": [0.01, 0.001],
     "tuning_steps": 2,
     "seeds": [3],
 }
@@ -65,14 +65,14 @@ def test_everything_at_once(write, tmp_path, capsys):
     cells = {(row["corpus"], row["size"]) for row in rows.values()}
     assert cells == {(corpus, size) for corpus in ("pydoc", "markov") for size in ("d8", "d16")}
     of_cell = {row["variant"]: row for row in rows.values() if (row["corpus"], row["size"]) == ("markov", "d16")}
-    assert {"classical", "qisa", "qisa-frozen", "qisa-linear"} < set(of_cell)
+    assert {"classical", "qisa", "qisa-frozen"} < set(of_cell)
     twin = of_cell[of_cell["qisa"]["twin"]]
     assert twin["role"] == "twin" and "qisa" in twin["of"].split(",")
     assert abs(twin["parameters"] / of_cell["qisa"]["parameters"] - 1) < 0.02
     assert of_cell["qisa-frozen"]["parameters"] == of_cell["qisa"]["parameters"] - 3 * 4  # the angles of one layer
     for row in rows.values():
         assert row["causality"] == "causal" and row["steps"] == 4 and row["batch_size"] == 3
-        assert [rate for rate, _ in row["learning_rates_tried"]] == [0.001, 0.01]
+        assert [rate for rate, _ in row["learning_rates_tried"]] == [0.01, 0.001]
         best = min(row["learning_rates_tried"], key=lambda pair: pair[1])[0]
         assert row["learning_rate"] == best
         assert row["prefix_per_position"] == pytest.approx(row["per_position"], abs=1e-5)
@@ -104,10 +104,11 @@ def test_all_variants_are_trained_on_the_same_batches(write, tmp_path, monkeypat
 
 
 def test_two_shards_merged_are_one_run(write, tmp_path, capsys):
-    whole = write("whole", **EVERYTHING)
+    options = {**EVERYTHING, "sizes": {}, "ablations": [], "learning_rates": [0.01]}
+    whole = write("whole", **options)
     assert main(["compare", "--config", str(whole)]) == 0
     for i in (1, 2):
-        part = write(f"part{i}", **EVERYTHING)
+        part = write(f"part{i}", **options)
         assert main(["compare", "--config", str(part), "--shard", f"{i}/2"]) == 0
     parts = [str(tmp_path / f"part{i}") for i in (1, 2)]
     alone = [rows_of(tmp_path / f"part{i}") for i in (1, 2)]
@@ -139,7 +140,7 @@ def test_merging_what_does_not_belong_together(write, tmp_path, capsys):
 
 
 def test_a_killed_sweep_gives_the_same_table(write, tmp_path):
-    options = {"learning_rates": [0.001, 0.01], "tuning_steps": 3}
+    options = {"learning_rates": [0.01], "tuning_steps": 3}
     assert main(["compare", "--config", str(write("unbroken", **options))]) == 0
     expected = rows_of(tmp_path / "unbroken")
     file = write("killed", **options)
