@@ -283,9 +283,10 @@ class Unit:
         scalars = ("cross_entropy", "bits_per_character", "perplexity", "cer", "wer", "bleu", "prefix_cross_entropy")
         known = ("optimum", "excess", "excess_error")
         metrics = {name: row[name] for name in (*scalars, *known) if row[name] is not None}
+        name = "-".join(filter(None, (self.cell.corpus, self.cell.size, self.name(seed))))
         return RunResult(
-            name=self.name(seed),
-            title=f"{self.name(seed)} GPT",
+            name=name,
+            title=f"{name} GPT",
             parameters=row["parameters"],
             metrics=metrics,
             per_position=row["per_position"],
