@@ -68,7 +68,7 @@ COMMANDS: dict[str, Command] = {
         "qattn compare --config configs/quickstart.yaml",
     ),
     "merge": Command(
-        "lightning_modules.rows:merge",
+        "lightning_modules.comparison_rows:merge",
         "join the parts of a comparison that --shard made, and report on all of it",
         "qattn merge runs/part-1 runs/part-2 --output runs/whole",
     ),

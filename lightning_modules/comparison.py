@@ -1,7 +1,7 @@
 """What the rows of a comparison say: means over seeds, gains over matched classical attention, times and memory.
 
-A row is what one run leaves behind (`units.py`). Rows may be missing, as in a sweep that is still going on, and so may
-be numbers in them: everything here says from how many it comes.
+A row is what one run leaves behind (`variant_runs.py`). Rows may be missing, as in a sweep that is still going on, and
+so may be numbers in them: everything here says from how many it comes.
 """
 
 import json

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from lightning_modules.arguments import Parser, parse
 from lightning_modules.comparison_report import print_summary, write_comparison
+from lightning_modules.comparison_rows import read_timings
 from lightning_modules.executions import say
 from lightning_modules.report import print_comparison, write_report
-from lightning_modules.rows import read_timings
 from lightning_modules.study import Study
 from lightning_modules.training_cli import check_writable
 from lightning_modules.variants import ABLATIONS

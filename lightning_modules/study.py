@@ -1,7 +1,7 @@
-"""All runs of a comparison: each variant (`units.py`) on each corpus, of each size, with each seed.
+"""All runs of a comparison: each variant (`variant_runs.py`) on each corpus, of each size, with each seed.
 
 A study that was stopped goes on from its rows and checkpoints; parts of it that were trained elsewhere are rows like
-any other (`rows.py`).
+any other (`comparison_rows.py`).
 """
 
 import itertools
@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules import rows, timing
+from lightning_modules import comparison_rows as rows
+from lightning_modules import timing
 from lightning_modules.checkpoints import CHECKPOINTS, LAST
 from lightning_modules.comparison_report import write_rows
 from lightning_modules.executions import say
 from lightning_modules.report import RunResult
 from lightning_modules.training_cli import TrainingCLI
-from lightning_modules.units import Unit
+from lightning_modules.variant_runs import VariantRuns
 from lightning_modules.variants import Variant, ablations_of, count_parameters, twins_of, without_equals
 from pennylane_qattn import ATTENTION
 
@@ -49,7 +50,7 @@ class Study:
         cells = [
             Cell(self, corpus, corpora[corpus], size, sizes[size]) for corpus, size in itertools.product(corpora, sizes)
         ]
-        self.units = [Unit(cell, variant) for cell in cells for variant in cell.variants()]
+        self.units = [VariantRuns(cell, variant) for cell in cells for variant in cell.variants()]
         index, count = map(int, (options.shard or "1/1").split("/"))
         self.own = self.units[index - 1 :: count]
         for unit in self.own:
@@ -59,7 +60,7 @@ class Study:
     def is_shown_singly(self) -> bool:
         """The runs are few enough to be looked at one by one, and their models are here."""
         few = len(self.units) * len(self.options.seeds) <= SHOWN_SINGLY
-        return few and all(unit.checkpoint(seed).is_file() for unit in self.units for seed in self.options.seeds)
+        return few and all(unit.can_be_examined(seed) for unit in self.units for seed in self.options.seeds)
 
     def print_budget(self, console: Console) -> None:
         """What is still to be done, and about what it takes."""
@@ -193,7 +194,7 @@ class Cell:
             arguments += ["--ckpt_path", "last"]
         return TrainingCLI("fit", arguments)
 
-    def times(self, units: list[Unit]) -> dict[str, Any]:
+    def times(self, units: list[VariantRuns]) -> dict[str, Any]:
         """Inference and training step of all variants as ratios to the first classical one, measured by turns."""
         names = [unit.variant.name for unit in units]
         baseline = "classical" if "classical" in names else names[0]

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from pennylane_qattn.certificate import CAUSAL, LEAKS, UNDECIDED, Certificate, Check, Leak
+from pennylane_qattn.leak_subject import ROUNDING, OutOfTime, Subject, Undecidable, apart, make_subject, one_line
 from pennylane_qattn.leak_tests import TESTS, Progress
 from pennylane_qattn.leak_trial import LeakFound, LeftOut, Trial
 from pennylane_qattn.module_sizes import Reading, longest
-from pennylane_qattn.subject import ROUNDING, OutOfTime, Subject, Undecidable, apart, make_subject, one_line
 
 __all__ = ["CAUSAL", "LEAKS", "UNDECIDED", "Certificate", "Check", "Leak", "certify"]
 

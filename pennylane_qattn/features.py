@@ -242,6 +242,12 @@ class StateFeatureMap(CircuitFeatureMap):
         return self.executor.states(x.to(dtype), self.weights.to(dtype))
 
 
+def draw_matrices(num_heads: int, size: int) -> nn.Parameter:
+    """A square matrix per head, `(heads, size, size)`, drawn as `nn.Linear` draws its own."""
+    bound = size**-0.5
+    return nn.Parameter(torch.empty(num_heads, size, size, dtype=default_dtype()).uniform_(-bound, bound))
+
+
 class QuadraticFeatureMap(_MeasuredFeatureMap):
     r"""Pauli words of a learned linear map, :math:`v_o = u^T P_o u` with :math:`u = W x` (QISA, "absorbed").
 
@@ -271,10 +277,7 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
     ):
         out_features = out_features if words is None else len(words)
         super().__init__(embed_dim, num_heads, out_features, split, AmplitudeEncoding(), words, seed)
-        bound = self.in_features**-0.5
-        shape = (num_heads, self.in_features, self.in_features)
-        weight = torch.empty(shape, dtype=default_dtype()).uniform_(-bound, bound)
-        self.weight = nn.Parameter(weight)
+        self.weight = draw_matrices(num_heads, self.in_features)
         self._folds: dict = {}
         self._readouts = Memory()
         self.prepare()

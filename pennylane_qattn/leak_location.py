@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pennylane_qattn.subject import Subject
+from pennylane_qattn.leak_subject import Subject
 
 #: Judges whether two tensors, from two calls, differ.
 Differ = Callable[[Tensor, Tensor], bool]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pennylane_qattn.certificate import Check, Leak
 from pennylane_qattn.leak_location import Axes, Step, first_to_change, steps_of, trace
+from pennylane_qattn.leak_subject import OutOfTime, Undecidable, one_line
 from pennylane_qattn.leak_trial import LeakFound, LeftOut, Trial, Variant, allowance, difference
-from pennylane_qattn.subject import OutOfTime, Undecidable, one_line
 
 #: Futures that are looked at before anything else is.
 LEAST = 3

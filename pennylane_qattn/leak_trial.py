@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pennylane_qattn.certificate import Leak
 from pennylane_qattn.leak_location import Axes, Step, first_to_change, first_to_depend, steps_of, trace
+from pennylane_qattn.leak_subject import ROUNDING, Subject, Undecidable, one_line, token_embeddings
 from pennylane_qattn.module_sizes import MAX_WORK
-from pennylane_qattn.subject import ROUNDING, Subject, Undecidable, one_line, token_embeddings
 
 #: Most tokens of one call, and most entries of its output: bounds memory, and the time between looks at the clock.
 MAX_TOKENS, MAX_ENTRIES = 4096, 2 * 10**7

@@ -22,6 +22,7 @@ from pennylane_qattn.features import (
     LinearFeatureMap,
     PerHeadFeatureMap,
     default_dtype,
+    draw_matrices,
 )
 from pennylane_qattn.quadratic import plain_quadratic_forms
 
@@ -117,9 +118,7 @@ class RandomAbsorbedFeatureMap(RandomQuadraticFeatureMap):
         seed: int | Sequence[int] = 0,
     ):
         super().__init__(embed_dim, num_heads, out_features, split, seed)
-        bound = self.in_features**-0.5
-        shape = (num_heads, self.in_features, self.in_features)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=default_dtype()).uniform_(-bound, bound))
+        self.weight = draw_matrices(num_heads, self.in_features)
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)

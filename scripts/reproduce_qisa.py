@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from lightning_modules.cli import main as qattn
+from lightning_modules.comparison_rows import read_rows, read_timings
 from lightning_modules.reproduction import write_page
-from lightning_modules.rows import read_rows, read_timings
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "reproduce_qisa.yaml"
 

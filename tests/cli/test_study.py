@@ -136,7 +136,7 @@ def test_merging_what_does_not_belong_together(write, tmp_path, capsys):
         folders = [str(tmp_path / part) for part in parts]
         assert main(["merge", *folders, "--output", str(tmp_path / "merged")]) == 2
         assert message in capsys.readouterr().err
-        assert not (tmp_path / "merged" / "rows.csv").exists()
+        assert not (tmp_path / "merged").exists()
 
 
 def test_a_killed_sweep_gives_the_same_table(write, tmp_path):
@@ -188,6 +188,20 @@ def test_what_diverges_is_not_taken(write, tmp_path):
     (row,) = rows_of(tmp_path / "study").values()
     assert row["learning_rate"] == 0.01 and row["learning_rates_tried"][0] == [1e30, None]
     assert math.isfinite(row["cross_entropy"])
+
+
+def test_a_seed_that_diverges_stops_no_sweep(write, tmp_path, capsys):
+    fit = {**FIT, "model": {**FIT["model"], "learning_rate": 1e30}, "trainer": {**FIT["trainer"], "max_steps": 30}}
+    options = {"mechanisms": {"classical": "classical"}, "fit": fit}
+    assert main(["compare", "--config", str(write(**options))]) == 0
+    said = capsys.readouterr()
+    assert "diverged, and has no numbers" in said.err and "0 runs" not in said.out
+    rows = rows_of(tmp_path / "study")
+    assert set(rows) == {"classical-seed3", "classical-seed5"}
+    assert all(row["cross_entropy"] is None and "the loss is" in row["failure"] for row in rows.values())
+    assert main(["compare", "--config", str(write(**options))]) == 0
+    assert "0 runs of training to do" in capsys.readouterr().out
+    assert (tmp_path / "study" / "rows.csv").read_text().count("the loss is nan at step") == 2
 
 
 def test_leaks_are_refused_or_labelled(write, tmp_path, capsys):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_modules.comparison_rows import read_rows, read_timings
 from lightning_modules.reproduction import write_page
-from lightning_modules.rows import read_rows, read_timings
 from pennylane_qattn import ATTENTION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ def test_the_config_is_the_published_setting():
 
 
 def test_rows_are_read_in_order(tmp_path):
-    from lightning_modules.rows import ROW, write_description, write_json
+    from lightning_modules.comparison_rows import ROW, write_description, write_json
 
     for run in ("b", "a"):
         write_json(tmp_path / run / ROW, {"variant": run, "corpus": "", "size": "", "cell": "."})

@@ -310,7 +310,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    for place in ("pennylane_qattn.subject.time", "pennylane_qattn.causality.time"):
+    for place in ("pennylane_qattn.leak_subject.time", "pennylane_qattn.causality.time"):
         monkeypatch.setattr(place, clock)
     return clock
 

@@ -68,23 +68,22 @@ def merge(argv: list[str]) -> None:
         if description != descriptions[parts[0]]:
             raise ValueError(f"{str(part)!r} is a part of another comparison than {str(parts[0])!r}")
     title, notes, runs = (descriptions[parts[0]][name] for name in ("title", "notes", "runs"))
-    write_description(output, title, notes, runs)
-    found = []
+    found = {}
     for run in runs:
         rows = {part: row for part in (*parts, output) if (row := read_json(part / run / ROW)) is not None}
         if len({row["settings"] for row in rows.values()}) > 1:
             raise ValueError(f"{' and '.join(map(str, rows))} have rows of {run!r} with different settings")
         if rows:
-            row = next(iter(rows.values()))
-            write_json(output / run / ROW, row)
-            found.append(row)
-    for name in (TUNING, TIMES):
-        for part in parts:
-            for path in sorted(part.rglob(name)):
-                if part != output:
-                    write_json(output / path.relative_to(part), read_json(path))
+            found[run] = next(iter(rows.values()))
     if not found:
         raise ValueError("there are no rows yet in these folders; let qattn compare finish a run first")
+    write_description(output, title, notes, runs)
+    for run, row in found.items():
+        write_json(output / run / ROW, row)
+    for part in parts:
+        for path in (path for name in (TUNING, TIMES) for path in sorted(part.rglob(name)) if part != output):
+            write_json(output / path.relative_to(part), read_json(path))
+    found = list(found.values())
     timings = read_timings(output, found)
     print_summary(found, timings, Console(width=None if sys.stdout.isatty() else 100))
     path = write_comparison(output, found, timings, title, notes)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from lightning_modules import rows, timing
+from lightning_modules import comparison_rows as rows
+from lightning_modules import timing
 from lightning_modules.checkpoints import CHECKPOINTS, LAST
 from lightning_modules.data import TextDataModule, Windows
 from lightning_modules.evaluation import evaluate, finite, window_losses
@@ -33,6 +34,13 @@ if TYPE_CHECKING:
 
 #: Seconds that the certificate of an evaluated model may take.
 TIME_LIMIT = 30.0
+#: What a run that diverged has no number for.
+NUMBERS = (
+    *("cross_entropy", "bits_per_character", "perplexity", "cer", "wer", "bleu", "per_position"),
+    *("prefix_per_position", "prefix_cross_entropy", "generation", "sample"),
+    *("optimum", "excess", "excess_error", "optimum_per_position"),
+    *("train_seconds", "train_characters_per_second", "generation_characters_per_second", "activation_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Budget:
     seconds: float
 
 
-class Unit:
+class VariantRuns:
     """A variant in its cell, with the runs of all seeds."""
 
     def __init__(self, cell: "Cell", variant: Variant):
@@ -204,12 +212,48 @@ class Unit:
         tried = self.tune()
         rate = min(tried, key=lambda pair: pair[1])[0] if tried else None
         training = self.cell.training(self.name(seed), seed, self._model(seed, rate))
-        training.fit()
-        rows.write_json(self.folder(seed) / rows.ROW, finite(self._row(training, seed, tried)))
+        row = self._description(training, seed, tried)
+        try:
+            training.fit()
+        except FloatingPointError as error:  # a fact about the variant, and no reason to lose the other runs
+            say(f"{self.name(seed)} diverged, and has no numbers: {error}")
+            row |= {**dict.fromkeys(NUMBERS), "failure": str(error), "steps": training.trainer.global_step}
+        else:
+            row |= self._measured(training, seed)
+        rows.write_json(self.folder(seed) / rows.ROW, finite(row))
 
-    def _row(self, training: TrainingCLI, seed: int, tried: list[tuple[float, float]]) -> dict[str, Any]:
+    def _description(self, training: TrainingCLI, seed: int, tried: list[tuple[float, float]]) -> dict[str, Any]:
+        """What is known of a run before it is trained."""
         data, variant = training.datamodule, self.variant
-        split, windows = _windows(data, self.options.split)
+        return {
+            "settings": self._digest(seed),
+            "cell": self.cell.folder.relative_to(self.cell.study.folder).as_posix(),
+            "corpus": self.cell.corpus or data.corpus.name,
+            "size": self.cell.size,
+            "variant": variant.name,
+            "title": variant.title,
+            "role": variant.role,
+            "of": ",".join(variant.of),
+            "twin": variant.twin,
+            "twin_mismatch": variant.twin_mismatch,
+            "seed": seed,
+            "parameters": variant.parameters,
+            "learning_rate": training.model.optimisation.learning_rate,
+            "learning_rates_tried": tried,
+            "batch_size": data.batch_size,
+            "split": _windows(data, self.options.split)[0],
+            "causality": training.guard.certificate.verdict,
+            "certificate": training.guard.certificate.to_plain(),
+            "failure": "",
+            "attention": training.model.attention.to_plain(),
+            "gpt": training.model.gpt.config.to_plain(),
+            "data": _plain_options(training),
+        }
+
+    def _measured(self, training: TrainingCLI, seed: int) -> dict[str, Any]:
+        """What is found out about a run that has been trained."""
+        data, variant = training.datamodule, self.variant
+        _, windows = _windows(data, self.options.split)
         model = self.load(seed)
         certificate = certify(model.gpt, name=variant.title, time_limit=TIME_LIMIT)
         measured = evaluate(model, windows)
@@ -230,23 +274,7 @@ class Unit:
         written = (len(sample) - len(prompt)) / (time.perf_counter() - begun)
         characters = len(data.tokenizer.decode(targets.flatten().tolist())) / targets.numel()
         return {
-            "settings": self._digest(seed),
-            "cell": self.cell.folder.relative_to(self.cell.study.folder).as_posix(),
-            "corpus": self.cell.corpus or data.corpus.name,
-            "size": self.cell.size,
-            "variant": variant.name,
-            "title": variant.title,
-            "role": variant.role,
-            "of": ",".join(variant.of),
-            "twin": variant.twin,
-            "twin_mismatch": variant.twin_mismatch,
-            "seed": seed,
-            "parameters": variant.parameters,
-            "learning_rate": model.optimisation.learning_rate,
-            "learning_rates_tried": tried,
             "steps": steps,
-            "batch_size": data.batch_size,
-            "split": split,
             **measured,
             **optimum,
             "sample": sample,
@@ -256,14 +284,16 @@ class Unit:
             "train_characters_per_second": speed,
             "generation_characters_per_second": written,
             "activation_bytes": timing.activation_bytes(model.gpt, torch.cat((inputs, targets[:, -1:]), dim=1)),
-            "attention": model.attention.to_plain(),
-            "gpt": model.gpt.config.to_plain(),
-            "data": _plain_options(training),
         }
 
     def checkpoint(self, seed: int) -> Path:
         """The file of the model that counts."""
         return self.folder(seed) / CHECKPOINTS / f"{self.options.evaluate}.ckpt"
+
+    def can_be_examined(self, seed: int) -> bool:
+        """The run has numbers, and its model is here."""
+        row = self.row(seed)
+        return row is not None and not row["failure"] and self.checkpoint(seed).is_file()
 
     def load(self, seed: int) -> LanguageModel:
         """The trained model of a run."""
