@@ -47,6 +47,7 @@ def test_classical_is_its_own_twin_and_that_of_its_like():
     plain = count_parameters(CONFIG, Classical())
     assert matched_classical(CONFIG, plain) == (Classical(), {}, 0.0)
     assert matched_classical(CONFIG, round(plain * 1.009))[0] == Classical()
+    assert matched_classical(CONFIG, round(plain * 1.015))[0] == Classical(head_dim=17)
 
 
 def test_another_width_where_no_head_size_will_do():
