@@ -13,7 +13,7 @@ import torch
 from leaky_modules import WIDTH, Attend, Cached, Counted, Normed, Raises, SomePositions, Transposed, attention, coverage
 from torch import nn
 
-from pennylane_qattn import Certificate, Execution, build_attention, causality, certify, set_execution, subject
+from pennylane_qattn import Certificate, Execution, build_attention, causality, certify, leak_subject, set_execution
 from pennylane_qattn.attention import Attention
 from pennylane_qattn.causality import Check, Leak
 
@@ -255,7 +255,7 @@ def test_everything_is_as_it_was():
 def test_random_states_are_put_back():
     """Python's too, from which the checks of annotations in these tests draw, so not by `certify` itself."""
     states = random.getstate()
-    with pytest.raises(KeyError), subject.apart():
+    with pytest.raises(KeyError), leak_subject.apart():
         random.seed(3)
         torch.set_default_dtype(torch.float64)
         raise KeyError
