@@ -94,8 +94,9 @@ class Study:
             for unit in self.own:
                 unit.forget()
         rows.write_description(self.folder, options.title, options.notes, self._runs())
-        for unit in self.own:
-            for seed in options.seeds:
+        # Seeds outside: a sweep that is stopped has compared everything, with fewer seeds.
+        for seed in options.seeds:
+            for unit in self.own:
                 unit.run(seed)
                 write_rows(self.folder, self.rows())
 
