@@ -23,7 +23,8 @@ from lightning_modules.executions import executed, say
 from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel, cross_entropy
 from lightning_modules.training_cli import TrainingCLI
-from pennylane_qattn import CircuitFeatureMap, Execution
+from pennylane_qattn import Execution
+from pennylane_qattn.execution import executors, with_circuits
 
 #: Largest difference that is put down to rounding, in nats, or relative to the largest gradient.
 TOLERANCE = 1e-9
@@ -37,7 +38,7 @@ GRADIENTS = (
 )
 #: Methods that have errors of their own, which are shown and not judged.
 INEXACT = ("finite-diff", "spsa")
-#: How many angles the table of gradients shows.
+#: How many parameters the table of gradients shows.
 SHOWN = 3
 
 
@@ -113,7 +114,7 @@ def _subject(options: argparse.Namespace) -> tuple[LanguageModel, list[Batch]]:
     own = {"ckpt_path": resolve(options.checkpoint), "data.eval_windows": windows, "data.batch_size": windows}
     own |= {"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.enable_progress_bar": "false"}
     setup = TrainingCLI("test", [f"--{name}={value}" for name, value in own.items()])
-    if not _maps(setup.model):
+    if not executors(setup.model.gpt):
         name = setup.model.attention.name
         raise ValueError(f"{name} attention has no circuits to run; give a checkpoint of qisa, for example")
     batches = list(setup.datamodule.test_dataloader())
@@ -121,10 +122,6 @@ def _subject(options: argparse.Namespace) -> tuple[LanguageModel, list[Batch]]:
     if there < windows:
         raise ValueError(f"{windows} windows are wanted and the test text has {there}; lower windows, steps or batch")
     return setup.model.double().eval(), batches
-
-
-def _maps(model: LanguageModel) -> list[CircuitFeatureMap]:
-    return [part for part in model.gpt.modules() if isinstance(part, CircuitFeatureMap)]
 
 
 def _training(model: LanguageModel, batches: list[Batch], options: argparse.Namespace, console: Console) -> float:
@@ -189,13 +186,13 @@ def _gradients(model: LanguageModel, batches: list[Batch], options: argparse.Nam
     """The gradient of one window's loss."""
     window = next(_chunks(batches, 1))
     reference, embedding = _gradient(model, Execution(executor="folded"), window)
-    angles = [f"angle {number}" for number in range(1, min(SHOWN, len(reference)) + 1)]
-    title = "gradient of one window's loss by angles of the first circuit, and largest differences from folded"
+    angles = [f"parameter {number}" for number in range(1, min(SHOWN, len(reference)) + 1)]
+    title = "gradient of one window's loss by parameters of the first circuit, and largest differences from folded"
     table = Table(
         Column("device", no_wrap=True),
         Column("method", no_wrap=True),
         *angles,
-        "angles",
+        "parameters",
         "embeddings",
         title=with_label(title, model.label),
     )
@@ -223,21 +220,26 @@ def _shown(angles: Tensor) -> list[str]:
 
 def _difference(found: Tensor, reference: Tensor) -> float:
     """Relative to the largest gradient."""
+    if not reference.numel():
+        return 0.0
     largest = reference.abs().max().item()
     difference = (found - reference).abs().max().item()
     return difference / largest if largest else (math.inf if difference else 0.0)
 
 
 def _gradient(model: LanguageModel, execution: Execution, window: Batch) -> tuple[Tensor, Tensor]:
-    """By all circuit angles, the first layer's first, and by all embeddings of tokens."""
+    """By all parameters of circuits, the first layer's first, and by all embeddings of tokens."""
     model.set_execution(execution)
     model.zero_grad()
     cross_entropy(model.gpt(window[0]), window[1]).backward()
     _say_executions(model, execution, "one window's gradient")
-    angles = [
-        part.weights.grad if part.weights.requires_grad else torch.zeros_like(part.weights) for part in _maps(model)
+    found = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for part in with_circuits(model.gpt)
+        for parameter in part.parameters(recurse=False)
     ]
-    return torch.cat([gradient.flatten() for gradient in angles]), model.gpt.token_embedding.weight.grad
+    angles = torch.cat([gradient.flatten() for gradient in found]) if found else torch.zeros(0)
+    return angles, model.gpt.token_embedding.weight.grad
 
 
 def _say_executions(model: LanguageModel, execution: Execution, what: str) -> None:

@@ -20,6 +20,7 @@ from pennylane_qattn.features import (
     QuadraticFeatureMap,
     StateFeatureMap,
 )
+from pennylane_qattn.grover.score import AmplificationScore
 from pennylane_qattn.layer import CircuitLayer
 from pennylane_qattn.mechanisms import (
     ATTENTION,
@@ -28,6 +29,7 @@ from pennylane_qattn.mechanisms import (
     VALUES,
     Classical,
     Gaussian,
+    Grover,
     Mechanism,
     Overlap,
     QISAAbsorbed,
@@ -63,6 +65,7 @@ __all__ = [
     "QISA",
     "QSANN",
     "VALUES",
+    "AmplificationScore",
     "AmplitudeEncoding",
     "AngleEncoding",
     "Ansatz",
@@ -79,6 +82,7 @@ __all__ = [
     "FunctionAnsatz",
     "Gaussian",
     "GaussianScore",
+    "Grover",
     "KeyValueCache",
     "LearnedCircuitFeatureMap",
     "LearnedQuadraticFeatureMap",

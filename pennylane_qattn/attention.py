@@ -2,11 +2,11 @@ r"""The one causal mixer: `features -> scores -> weights -> weighted sum`, with 
 
 .. math::
 
-    a_{ij} = \mathrm{score}(q_i, k_j), \qquad w_{ij} = \mathrm{softmax}_j\, a_{ij}, \qquad
+    a_{ij} = \mathrm{score}(q_i, k_j), \qquad w_{ij} = \mathrm{normalise}_j\, a_{ij}, \qquad
     \mathrm{out}_i = \sum_{j \preceq i} w_{ij} v_j
 
-Masking, normalising, summing and caching are done here and nowhere else, so that no mechanism can see the future by
-accident. The mechanisms themselves are compositions of parts: `mechanisms.py`.
+normalised by the softmax, or as the score has it. Masking, summing and caching are done here and nowhere else, so that
+no mechanism can see the future by accident. The mechanisms themselves are compositions of parts: `mechanisms.py`.
 """
 
 from dataclasses import dataclass
@@ -132,16 +132,14 @@ def attention_weights(
     k: Float[Tensor, "batch heads keys prepared"],
     visibility: Visibility,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """Softmax of the scores over the visible keys; a query that sees no key has weights 0, with finite gradients."""
+    """The scores normalised over the visible keys; a query that sees none has weights 0, with finite gradients."""
     scores = score(q, k)
     visible = visibility.mask(q.device)
-    if visible is None:
-        return scores.softmax(-1)
     if not visibility.may_be_blind:
-        return scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        return score.normalise(scores, visible)
     # A row that sees nothing is normalised over everything and zeroed afterwards: softmax of -inf alone is NaN.
     blind = ~visible.any(-1, keepdim=True)
-    return scores.masked_fill(~(visible | blind), float("-inf")).softmax(-1).masked_fill(~visible, 0.0)
+    return score.normalise(scores, visible | blind).masked_fill(~visible, 0.0)
 
 
 def fused_attention(
@@ -215,6 +213,7 @@ class Attention(nn.Module):
                 f"queries and keys must have one width; got {query_map.out_features} and {key_map.out_features}"
             )
         self.query_map, self.key_map, self.value_map, self.score = query_map, key_map, value_map, score
+        score.set_longest_row(block_size)
         self.embed_dim, self.num_heads = value_map.embed_dim, value_map.num_heads
         self.head_dim = value_map.out_features
         self.block_size, self.is_causal, self.dropout, self.name = block_size, is_causal, dropout, name

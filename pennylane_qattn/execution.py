@@ -1,6 +1,7 @@
 """From a description of execution to executors, for circuits and for whole modules."""
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -9,6 +10,20 @@ from pennylane_qattn.devices import Meter
 from pennylane_qattn.executor import Executor, FoldedExecutor
 from pennylane_qattn.planning import Execution, Plan, make_meter, make_plan
 from pennylane_qattn.qnode import QNodeExecutor
+
+
+@runtime_checkable
+class RunsCircuits(Protocol):
+    """A module that has an executor and can be given another: feature maps, layers and scores with circuits."""
+
+    @property
+    def executor(self) -> Executor: ...
+
+    def make_executor(self, execution: Execution | str, index: int, meter: Meter | None) -> Executor:
+        """What would run its circuits that way."""
+
+    def use(self, executor: Executor, execution: Execution | str, index: int = 0) -> None:
+        """Takes over what `make_executor` made."""
 
 
 def make_executor(
@@ -47,7 +62,7 @@ def set_execution(module: nn.Module, execution: Execution | str) -> list[Plan]:
     """Runs every circuit in a module that way from now on, on one meter; parameters stay as they are.
 
     Args:
-        module: any module with circuit feature maps or circuit layers inside.
+        module: any module with circuits inside: feature maps, layers, scores.
         execution: how to run them, or the name of an executor.
 
     Returns:
@@ -56,7 +71,7 @@ def set_execution(module: nn.Module, execution: Execution | str) -> list[Plan]:
     Raises:
         ValueError: if one of them cannot be run so.
     """
-    maps = _with_circuits(module)
+    maps = with_circuits(module)
     meter = make_meter(as_execution(execution))
     made = [part.make_executor(execution, index, meter) for index, part in enumerate(maps)]  # all of them, or none
     for index, (part, executor) in enumerate(zip(maps, made, strict=True)):
@@ -66,11 +81,9 @@ def set_execution(module: nn.Module, execution: Execution | str) -> list[Plan]:
 
 def executors(module: nn.Module) -> list[Executor]:
     """What runs the circuits in a module."""
-    return [part.executor for part in _with_circuits(module)]
+    return [part.executor for part in with_circuits(module)]
 
 
-def _with_circuits(module: nn.Module) -> list:
-    from pennylane_qattn.features import CircuitFeatureMap  # which make their executors here
-    from pennylane_qattn.layer import CircuitLayer
-
-    return [part for part in module.modules() if isinstance(part, CircuitFeatureMap | CircuitLayer)]
+def with_circuits(module: nn.Module) -> list[RunsCircuits]:
+    """The modules inside that run circuits."""
+    return [part for part in module.modules() if isinstance(part, RunsCircuits)]

@@ -5,7 +5,7 @@ A mechanism is a description and a factory: `mechanism(embed_dim, num_heads, blo
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from pennylane_qattn.features import (
     QuadraticFeatureMap,
     StateFeatureMap,
 )
+from pennylane_qattn.grover.score import AmplificationScore, check_options
 from pennylane_qattn.registry import Description, Registry
 from pennylane_qattn.scores import (
     GaussianScore,
@@ -375,6 +376,57 @@ class Overlap(FreeValues):
         )
         v = self.value_map(embed_dim, num_heads, head_dim, seed)
         return q, k, v, OverlapScore(num_heads, q.out_features, self.strength, complex_states=True)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class Grover(FreeValues):
+    r"""Weights by amplitude amplification of softly marked keys (after arXiv 2307.08045).
+
+    It has `3dh + 2` parameters per head in q, k, v and score, biases apart. The keys' marks are
+    :math:`\sigma((s - \tau)/T)` of scaled dot products :math:`s`; a measurement after as many Grover iterations as the
+    row needs gives the weights. See `grover/score.py`, whose options these are.
+
+    Args:
+        marks: `"sigmoid"`, or `"softmax"`, which has neither threshold nor temperature.
+        oracle: `"amplitude"` or `"phase"`.
+        iterations: `"per-row"`, `"quarter"`, `"fixed-point"`, or a number.
+        threshold: `"fixed"`, `"learned"` or `"quantile"`.
+        tau: the threshold, or where it starts.
+        quantile: the part of a row's keys above a threshold `"quantile"`.
+        temperature: `"fixed"` or `"learned"`.
+        start_temperature: the temperature, or where it starts.
+        conditional: the distribution given that the marked outcome was found; independent of the iterations.
+        length: of the fixed-point schedule, odd.
+        delta: of the fixed-point schedule.
+    """
+
+    name = "grover"
+    marks: str = "sigmoid"
+    oracle: str = "amplitude"
+    iterations: str | int = "per-row"
+    threshold: str = "learned"
+    tau: float = 2.0
+    quantile: float = 0.25
+    temperature: str = "learned"
+    start_temperature: float = 1.0
+    conditional: bool = False
+    length: int = 3
+    delta: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_options(**self._amplification)
+
+    @property
+    def _amplification(self) -> dict[str, Any]:
+        others = {field.name for field in fields(FreeValues)}
+        return {field.name: getattr(self, field.name) for field in fields(Grover) if field.name not in others}
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = self.linear_queries(embed_dim, num_heads, head_dim)
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        return q, k, v, AmplificationScore(num_heads, head_dim, **self._amplification)
 
 
 def build_attention(

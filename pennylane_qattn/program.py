@@ -65,6 +65,13 @@ class Gate:
         return pairs[..., 0] + 1j * pairs[..., 1]
 
 
+def constant_gate(operation: qml.operation.Operator) -> Gate:
+    """An operation whose parameters never change, with its matrix."""
+    matrix = np.asarray(qml.math.toarray(qml.matrix(operation)), dtype=complex)
+    pairs = tuple(tuple((float(z.real), float(z.imag)) for z in row) for row in matrix)
+    return Gate(operation.name, tuple(int(wire) for wire in operation.wires), matrix=pairs)
+
+
 @dataclass(frozen=True)
 class Program:
     """Gates on wires 0 to `num_wires` - 1 with angles computed from weights of a given shape.
@@ -287,11 +294,9 @@ def _gates(recorded: list, results: list, label: str) -> tuple[tuple[Gate, ...],
         traced = [v["ref"] for v in values if isinstance(v, dict)]
         wires = tuple(int(wire) for wire in operation.wires)
         if not traced:
-            matrix = np.asarray(qml.math.toarray(qml.matrix(operation)), dtype=complex)
-            if not _is_unitary(matrix):
+            gates.append(constant_gate(operation))
+            if not _is_unitary(gates[-1].constant):
                 raise ValueError(f"ansatz {label}: the matrix of {operation.name} is not unitary")
-            pairs = tuple(tuple((float(z.real), float(z.imag)) for z in row) for row in matrix)
-            gates.append(Gate(operation.name, wires, matrix=pairs))
         elif operation.name == _MATRIX:
             raise ValueError(f"ansatz {label}: a matrix that depends on the weights cannot be traced; use rotations")
         else:

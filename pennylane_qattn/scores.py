@@ -1,7 +1,7 @@
 r"""Scores: how much query `i` wants key `j`, `(B, H, T, f) x (B, H, S, f) -> (B, H, T, S)`.
 
 Sources: scaled dot product, arXiv 1706.03762 eq. 1; exponential of the negative squared distance, QSANN (arXiv
-2205.05625, eq. 8) and QISA (arXiv 2603.03318). Masking and normalising are not done here but in `attention.py`.
+2205.05625, eq. 8) and QISA (arXiv 2603.03318). Which keys a query may see is decided in `attention.py`.
 """
 
 import math
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 #: Fused attention kernels want query, key and value of one width that is a multiple of this.
@@ -43,6 +43,20 @@ class Score(nn.Module, ABC):
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]: ...
+
+    def set_longest_row(self, block_size: int) -> None:
+        """Learns how many keys a query may see at the most, once the attention is built; for scores that need it."""
+
+    def normalise(
+        self,
+        scores: Float[Tensor, "batch heads queries keys"],
+        visible: Bool[Tensor, "#batch #heads queries keys"] | None,
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """The weights of every query: a distribution over the keys it sees, exactly 0 on the others.
+
+        By default the softmax. `visible` is `None` where every query sees every key; each query sees one at least.
+        """
+        return scores.softmax(-1) if visible is None else scores.masked_fill(~visible, float("-inf")).softmax(-1)
 
 
 class ScaledDotScore(Score):

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.noise import Noise
 from pennylane_qattn.observables import group_words, to_pennylane, word_action
-from pennylane_qattn.program import FIXED, ROTATIONS, Gate
+from pennylane_qattn.program import FIXED, ROTATIONS, Gate, constant_gate
 
 #: Gates that turn the measurement basis of a letter to Z.
 _TO_Z = {"X": (qml.Hadamard,), "Y": (partial(qml.RX, np.pi / 2),), "Z": ()}
@@ -236,17 +236,21 @@ def operation(gate: Gate, angle: Any) -> Operator:
     return getattr(qml, gate.name)(angle, wires=wires)
 
 
+@lru_cache(maxsize=1024)
 def encoding_gates(circuit: Circuit) -> tuple[Gate, ...]:
     """The gates of an encoding that uses gates; a gate's angle is its place in `encoding_angles`."""
     gates: list[Gate] = []
     angles = 0
-    for op in _encode(circuit, torch.ones(1, circuit.num_features, dtype=torch.float64)):
+    inputs = torch.ones(1, circuit.num_features, dtype=torch.float64, requires_grad=True)
+    for op in _encode(circuit, inputs):
         wires = tuple(int(wire) for wire in op.wires)
-        if op.name in ROTATIONS:
+        if op.name in FIXED:
+            gates.append(Gate(op.name, wires))
+        elif not any(getattr(parameter, "requires_grad", False) for parameter in op.parameters):
+            gates.append(constant_gate(op))  # its angle is no input's, so it is nothing to differentiate by
+        elif op.name in ROTATIONS:
             gates.append(Gate(op.name, wires, angle=angles, word=op.hyperparameters.get("pauli_word")))
             angles += 1
-        elif op.name in FIXED:
-            gates.append(Gate(op.name, wires))
         else:
             raise ValueError(f"encoding {circuit.encoding.name!r}: {op.name} is no gate that devices can differentiate")
     return tuple(gates)
@@ -255,9 +259,11 @@ def encoding_gates(circuit: Circuit) -> tuple[Gate, ...]:
 def encoding_angles(circuit: Circuit, x: Tensor) -> Tensor:
     """The angles `(inputs, gates)` of the encoding's gates for inputs `(inputs, features)`, differentiable."""
     angles = [
-        torch.as_tensor(op.parameters[0]).to(x).expand(len(x)) for op in _encode(circuit, x) if op.name in ROTATIONS
+        op.parameters[0].to(x).expand(len(x))
+        for op, gate in zip(_encode(circuit, x), encoding_gates(circuit), strict=True)
+        if gate.angle is not None
     ]
-    return torch.stack(angles, dim=-1)
+    return torch.stack(angles, dim=-1) if angles else x.new_zeros(len(x), 0)
 
 
 def _encode(circuit: Circuit, x: Tensor) -> list[Operator]:
