@@ -7,6 +7,7 @@ The public names stand below by the module that defines them; a name is imported
 import importlib
 
 _MODULES = {
+    "annealing": ("AnnealTemperature",),
     "checkpoints": ("PlainCheckpointIO", "read_checkpoint"),
     "callbacks": ("RandomState", "RunCheckpoint"),
     "corpora": ("CORPORA", "Corpus", "load_corpus"),

@@ -147,11 +147,16 @@ class AmplificationScore(ScaledDotScore):
 
     def set_temperature(self, temperature: float) -> None:
         """Gives all heads that temperature; for annealing."""
-        if self.marks != "sigmoid":
-            raise ValueError(f"marks {self.marks!r} have no temperature to set")
+        self.check_can_be_annealed()
         _check_temperature(temperature)
-        with torch.no_grad():
-            self.log_temperature.fill_(math.log(temperature))
+        self.log_temperature.fill_(math.log(temperature))
+
+    def check_can_be_annealed(self) -> None:
+        """Refuses to set a temperature that is learned, or that there is not."""
+        if self.marks != "sigmoid":
+            raise ValueError(f"marks {self.marks!r} have no temperature to set; use marks sigmoid")
+        if isinstance(self.log_temperature, nn.Parameter):
+            raise ValueError("a temperature that is learned cannot be set; use temperature fixed")
 
     # --- the distribution ---------------------------------------------------------------------------------------
 

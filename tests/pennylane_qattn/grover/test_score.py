@@ -160,6 +160,8 @@ def test_annealing_keeps_the_temperature_in_the_checkpoint():
     torch.testing.assert_close(other.temperature, torch.full((2,), 0.25))
     with pytest.raises(ValueError, match="temperature must be positive and finite; got 0"):
         score.set_temperature(0.0)
+    with pytest.raises(ValueError, match="learned cannot be set"):
+        AmplificationScore(2, 4).set_temperature(1.0)
     with pytest.raises(ValueError, match="no temperature"):
         AmplificationScore(2, 4, marks="softmax").set_temperature(1.0)
 
