@@ -87,6 +87,11 @@ COMMANDS: dict[str, Command] = {
         "evaluate a checkpoint with finite shots and with noise, and draw what they do",
         "qattn noise-sweep --checkpoint runs/qisa-16 --output runs/noise-sweep",
     ),
+    "grover": Command(
+        "lightning_modules.grover_command:grover",
+        "count what Grover search would do for attention: calls, errors, resources; of a checkpoint or random rows",
+        "qattn grover --checkpoint runs/qisa-16",
+    ),
     "draw": Command(
         "lightning_modules.circuit_commands:draw",
         "draw a circuit of a checkpoint or a preset, as text and as a picture",

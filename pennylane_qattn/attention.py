@@ -108,6 +108,11 @@ class Visibility:
         return plain and self.is_causal and 1 < self.queries == self.keys
 
     @property
+    def is_in_order(self) -> bool:
+        """Tokens stand in memory as in time."""
+        return self.key_positions is None
+
+    @property
     def may_be_blind(self) -> bool:
         """Some query may see no key at all."""
         return self.padding is not None
@@ -161,6 +166,19 @@ def fused_attention(
         visible = visible | blind
     out = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=triangle, scale=score.scale)
     return (out if blind is None else out.masked_fill(blind, 0.0))[..., :width]
+
+
+def structured_attention(
+    score: Score,
+    q: Float[Tensor, "batch heads queries prepared"],
+    k: Float[Tensor, "batch heads keys prepared"],
+    v: Float[Tensor, "batch heads keys features"],
+    visibility: Visibility,
+) -> Float[Tensor, "batch heads queries features"]:
+    """The weighted sum without a matrix of weights, for scores whose rows have a structure."""
+    visible = None if visibility.padding is None else ~visibility.padding
+    operator = score.operator(q, k, visibility.is_causal, visible)
+    return operator.attend(v.to(operator.scores.dtype)).to(v.dtype)
 
 
 class Attention(nn.Module):
@@ -242,6 +260,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.score.is_dot_product and self._applies_weights_as_they_are:
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
+        elif self.score.is_structured and visibility.is_in_order and not dropout and self._applies_weights_as_they_are:
+            heads = structured_attention(self.score, q, k, v, visibility)
         else:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
             heads = self.applied(weights, visibility).to(v.dtype) @ v

@@ -20,6 +20,7 @@ from pennylane_qattn.features import (
     StateFeatureMap,
 )
 from pennylane_qattn.grover.score import AmplificationScore, check_options
+from pennylane_qattn.grover.sparse_score import SPARSE_SCORES, Sparsity
 from pennylane_qattn.registry import Description, Registry
 from pennylane_qattn.scores import (
     GaussianScore,
@@ -427,6 +428,74 @@ class Grover(FreeValues):
         q, k = self.linear_queries(embed_dim, num_heads, head_dim)
         v = self.value_map(embed_dim, num_heads, head_dim, seed)
         return q, k, v, AmplificationScore(num_heads, head_dim, **self._amplification)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class GroverSparse(FreeValues):
+    r"""A few entries of every row exactly, the rest as a constant background (arXiv 2307.08045).
+
+    For models that were trained with `classical` or `gaussian` attention (`of`), whose parameters it has; it trains,
+    too. See `grover/sparse_score.py`, whose options these are.
+
+    Args:
+        score: `"scaled-dot"` or `"gaussian"`.
+        support: `"top"` or `"threshold"`.
+        k: keys that a row keeps, with `"top"`.
+        tau: the threshold, with `"threshold"`.
+        order: 1, a background of ones; or 2, of :math:`1 + x`.
+        shifted: shift rows by the midrange of their background.
+        beta: of a Gaussian score, as in `gaussian`.
+    """
+
+    name = "grover-sparse"
+    score: str = "scaled-dot"
+    support: str = "top"
+    k: int = 4
+    tau: float = 1.0
+    order: int = 1
+    shifted: bool = True
+    beta: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.score not in SPARSE_SCORES:
+            raise ValueError(f"score must be one of {', '.join(SPARSE_SCORES)}; got {self.score!r}")
+        if self.beta is not None and self.score != "gaussian":
+            raise ValueError(f"beta belongs to a Gaussian score; got beta={self.beta} with score {self.score!r}")
+        self.sparsity  # noqa: B018 refuses what is out of range
+
+    @property
+    def sparsity(self) -> Sparsity:
+        """Which entries are kept."""
+        return Sparsity(support=self.support, k=self.k, tau=self.tau, order=self.order, shifted=self.shifted)
+
+    @classmethod
+    def of(cls, mechanism: Mechanism, **options: Any) -> "GroverSparse":
+        """The sparse form of a mechanism, for a model that was trained with it.
+
+        Args:
+            mechanism: `classical` or `gaussian`.
+            **options: support, k, tau, order and shifted.
+
+        Raises:
+            ValueError: for another mechanism.
+        """
+        scores = {Classical: "scaled-dot", ScaledDot: "scaled-dot", Gaussian: "gaussian"}
+        score = scores.get(type(mechanism))
+        if score is None or getattr(mechanism, "temperature", "fixed") != "fixed":
+            raise ValueError(
+                f"{mechanism.name} has no sparse form; choose a model with classical, gaussian or scaled-dot attention "
+                "of fixed temperature"
+            )
+        shared = {f.name for f in fields(mechanism)} & {f.name for f in fields(cls)}
+        return cls(score=score, **{name: getattr(mechanism, name) for name in shared}, **options)
+
+    def parts(self, embed_dim, num_heads, head_dim, seed):
+        q, k = self.linear_queries(embed_dim, num_heads, head_dim)
+        v = self.value_map(embed_dim, num_heads, head_dim, seed)
+        beta = {"beta": self.beta} if self.score == "gaussian" else {}
+        return q, k, v, SPARSE_SCORES[self.score](num_heads, head_dim, self.sparsity, **beta)
 
 
 def build_attention(
