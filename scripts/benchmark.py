@@ -5,6 +5,8 @@
         every attention of the registry against the classical one, inside the same GPT, on the same batch
     python scripts/benchmark.py devices
         circuits on devices against PennyLane's own TorchLayer, same device, method, circuit and inputs
+    python scripts/benchmark.py grover
+        the amplification layer against softmax attention, and sparse products against dense ones with the same matrix
 
 The contestants take turns, and what is printed is the median over the rounds of the ratio of their times in the same
 round, so that a machine whose speed drifts slows all alike.
@@ -20,10 +22,21 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.gpt import GPT, PRESETS, preset
 from lightning_modules.timing import describe_spread, inference, interleaved_ratios, seconds_of, training_step
-from pennylane_qattn import ATTENTION, Circuit, CircuitLayer, Execution
+from pennylane_qattn import (
+    ATTENTION,
+    Attention,
+    Circuit,
+    CircuitLayer,
+    Execution,
+    LinearFeatureMap,
+    ScaledDotScore,
+    build_attention,
+)
+from pennylane_qattn.grover.sparse import DotProductScores, SparseAttention, top_support
 from pennylane_qattn.observables import draw_words, to_pennylane
 
 BASELINE = "classical"
@@ -143,6 +156,124 @@ def _tracked(layer: CircuitLayer, inputs: torch.Tensor) -> str:
     return ", ".join(counted)
 
 
+# --- Grover -----------------------------------------------------------------------------------------------------
+
+
+def grover(options: argparse.Namespace) -> None:
+    """Prints the closed-form layer over softmax attention, and dense products over sparse ones."""
+    where = f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    caption = f"median of {options.rounds} rounds (lowest to highest); {platform.processor() or platform.machine()}"
+    rounds = options.rounds
+    layers = _grover_layers(options.length)
+    table = Table(
+        "attention layer",
+        "inference",
+        "training step",
+        title=f"time over softmax attention, T = {options.length}, d = 64, 4 heads, batch 8, {where}",
+        caption=caption,
+    )
+    x = torch.randn(8, options.length, 64, generator=torch.Generator().manual_seed(0))
+    runs = {
+        "inference": {name: lambda layer=layer: _forward(layer, x) for name, layer in layers.items()},
+        "training": {name: lambda layer=layer: _forward_and_backward(layer, x) for name, layer in layers.items()},
+    }
+    baseline = "softmax, weights written out"
+    ratios = {kind: interleaved_ratios(each, baseline, rounds) for kind, each in runs.items()}
+    for name in layers:
+        table.add_row(name, *(describe_spread(ratios[kind][name]) for kind in runs))
+    console = Console(width=110)
+    console.print(table)
+
+    products, numbers = _sparse_products(options.keys, options.kept)
+    table = Table(
+        "product with the values",
+        "time over sparse",
+        "largest tensor, numbers",
+        title=f"n = {options.keys:,}, k = {options.kept}, d = 64, causal, float32, {where}",
+        caption=caption,
+    )
+    ratios = {"product": interleaved_ratios(products, "sparse", rounds)}
+    for name in products:
+        table.add_row(name, describe_spread(ratios["product"][name]), f"{numbers[name]:,}")
+    console.print(table)
+
+
+def _grover_layers(length: int) -> dict[str, torch.nn.Module]:
+    """Layers with the same weights; the softmax also as conditional amplification, which must give the same."""
+    torch.manual_seed(0)
+    softmax = build_attention("grover", 64, 4, length, marks="softmax", conditional=True)
+    layers: dict[str, torch.nn.Module] = {"softmax, weights written out": WrittenOut(64, 4, length)}
+    layers["softmax, fused"] = build_attention("classical", 64, 4, length)
+    layers["amplification, conditional softmax marks"] = softmax
+    for name, options in {
+        "amplification, iterations per row": {},
+        "amplification, quarter rule": {"iterations": "quarter"},
+        "amplification, fixed point": {"iterations": "fixed-point"},
+        "amplification, phase oracle": {"oracle": "phase", "iterations": 2},
+    }.items():
+        layers[name] = build_attention("grover", 64, 4, length, **options)
+    for layer in layers.values():
+        layer.load_state_dict(softmax.state_dict(), strict=False)
+    x = torch.randn(2, length, 64)
+    alike = [layer(x) for layer in list(layers.values())[:3]]
+    for other in alike[1:]:  # what is compared computes the same kind of thing
+        torch.testing.assert_close(other, alike[0], rtol=1e-4, atol=1e-5)
+    return layers
+
+
+class WrittenOut(Attention):
+    """Softmax attention whose weights are written out, as the amplification's are."""
+
+    def __init__(self, embed_dim: int, num_heads: int, block_size: int):
+        maps = (LinearFeatureMap(embed_dim, num_heads, embed_dim // num_heads) for _ in range(3))
+        score = ScaledDotScore(num_heads, embed_dim // num_heads)
+        score.is_dot_product = False  # keeps it from the fused kernels
+        super().__init__(*maps, score, block_size=block_size)
+
+
+def _forward(layer: torch.nn.Module, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        layer(x)
+
+
+def _sparse_products(keys: int, kept: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """The product by structure, and with a dense matrix; and the largest tensor that each of them makes."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(keys, 64, generator=generator) for _ in range(3))
+    scores = DotProductScores(q, k)
+    operator = SparseAttention(scores, top_support(scores, kept))
+    mask = operator.support.dense(slice(None), keys)
+    future = torch.ones(keys, keys, dtype=torch.bool).triu_(1)
+
+    def formed() -> torch.Tensor:
+        b = (q @ k.T).mul_(scores.scale).exp_()
+        return b.masked_fill_(~mask, 1.0).masked_fill_(future, 0.0)
+
+    ready = formed()
+    products = {"sparse": lambda: operator @ v, "dense": lambda: formed() @ v, "dense, matrix ready": lambda: ready @ v}
+    torch.testing.assert_close(products["sparse"](), products["dense"](), rtol=1e-3, atol=1e-3)
+    largest = {}
+    for name, product in products.items():
+        with LargestTensor() as seen:
+            product()
+        largest[name] = seen.numbers
+    largest["dense, matrix ready"] = ready.numel()
+    return products, largest
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the sizes of the tensors that are made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1; got {text}")
@@ -170,10 +301,16 @@ def main() -> None:
     add("--tokens", type=_positive, default=256, help="distinct inputs (default: %(default)s)")
     add("--rounds", type=_positive, default=3, help="how often each is timed (default: %(default)s)")
     add("--threads", type=_positive, help="torch's threads (default: torch's own choice)")
+    add = commands.add_parser("grover", help="amplification and sparse products").add_argument
+    add("--length", type=_positive, default=256, help="tokens of the layers (default: %(default)s)")
+    add("--keys", type=_positive, default=8192, help="keys of the sparse product (default: %(default)s)")
+    add("--kept", type=_positive, default=32, help="keys that its rows keep (default: %(default)s)")
+    add("--rounds", type=_positive, default=9, help="how often each is timed (default: %(default)s)")
+    add("--threads", type=_positive, help="torch's threads (default: torch's own choice)")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    {"attention": attention, "devices": devices}[options.command](options)
+    {"attention": attention, "devices": devices, "grover": grover}[options.command](options)
 
 
 if __name__ == "__main__":
