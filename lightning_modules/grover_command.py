@@ -27,10 +27,14 @@ def grover(argv: list[str]) -> None:
     folder = Path(options.output)
     check_writable(folder, "output")
     with_index = importlib.util.find_spec("sklearn") is not None
-    if options.index and not with_index:
-        raise ValueError(
-            "the index needs scikit-learn; pip install 'pennylane-qattn[index]', or leave it out with --no-index"
-        )
+    if not with_index and options.index is not False:
+        missing = "the index needs scikit-learn, which is not here; pip install 'pennylane-qattn[index]'"
+        if options.index:
+            raise ValueError(f"{missing}, or leave --index out")
+        say(f"without an index: {missing}")
+        options.index = False
+    elif options.index is None:
+        options.index = True
     if options.checkpoint is None:
         title, tables, sections = "Grover search on random rows", *_random(options)
         figures = {
@@ -114,8 +118,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     add(
         "--index",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare with an exact index, scikit-learn's ball tree (default: yes)",
+        help="compare with an exact index, scikit-learn's ball tree (default: if it is installed)",
     )
     group = parser.add_argument_group("a trained model").add_argument
     group("--text", metavar="F", help="another text than the checkpoint's, of the same vocabulary")

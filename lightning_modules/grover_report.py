@@ -73,7 +73,7 @@ QUERIES = (
     Column("to the last key", "to_last_key", short),
     Column("number known", "number_known", short),
     Column("√(nk)", "root", short),
-    Column("scan", "scan", short),
+    Column("scan", "scan"),
     Column("fewer calls than a scan", "wins", _yes),
 )
 FINDERS = (

@@ -94,7 +94,9 @@ def test_a_missing_index_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "sklearn" else find_spec(name, *rest)
     )
-    assert cli.main(["grover", *SMALL, "--output", str(tmp_path / "report")]) == 2
+    assert cli.main(["grover", *SMALL, "--index", "--output", str(tmp_path / "report")]) == 2
     assert "pip install 'pennylane-qattn[index]'" in capsys.readouterr().err
-    assert cli.main(["grover", *SMALL, "--no-index", "--output", str(tmp_path / "report")]) == 0
+    assert not (tmp_path / "report").exists()
+    assert cli.main(["grover", *SMALL, "--output", str(tmp_path / "report")]) == 0
+    assert "without an index" in capsys.readouterr().err
     assert "ball tree" not in (tmp_path / "report" / "grover.json").read_text()
