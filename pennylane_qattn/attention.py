@@ -177,8 +177,9 @@ def structured_attention(
 ) -> Float[Tensor, "batch heads queries features"]:
     """The weighted sum without a matrix of weights, for scores whose rows have a structure."""
     visible = None if visibility.padding is None else ~visibility.padding
-    operator = score.operator(q, k, visibility.is_causal, visible)
-    return operator.attend(v.to(operator.scores.dtype)).to(v.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, wide = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
+        return score.attend(q, k, wide, visibility.is_causal, visible).to(v.dtype)
 
 
 class Attention(nn.Module):

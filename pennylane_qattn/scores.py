@@ -60,6 +60,20 @@ class Score(nn.Module, ABC):
         """
         return scores.softmax(-1) if visible is None else scores.masked_fill(~visible, float("-inf")).softmax(-1)
 
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+        visible: Bool[Tensor, "batch keys"] | None,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        """The weighted sums by the structure of the rows, where `is_structured`; 0 for a query that sees no key.
+
+        Queries are the last of the keys; `visible` is `False` for keys that nobody sees, whose values are 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has weights only")
+
 
 class ScaledDotScore(Score):
     r""":math:`a_{ij} = q_i \cdot k_j / \sqrt{f}`."""

@@ -29,6 +29,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pennylane_qattn.grover.sparse import prefix_sums
+from pennylane_qattn.transforms import is_transformed
+
 
 def sigmoid_marks(
     scores: Float[Tensor, "*rows keys"], threshold: float | Tensor, temperature: float | Tensor
@@ -99,6 +102,52 @@ def amplify(
 def success_probability(mean: Float[Tensor, "*rows"], iterations: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     r""":math:`P = \sin^2((2R+1)\arcsin\sqrt{\bar f})`: that the ancilla is found in 1."""
     return ((2 * iterations + 1) * mean.clamp(0, 1).sqrt().asin()).sin().square()
+
+
+def masked_sigmoid(
+    z: Float[Tensor, "batch heads queries keys"], offset: int | None, visible: Bool[Tensor, "batch keys"] | None
+) -> Float[Tensor, "batch heads queries keys"]:
+    r""":math:`\sigma(z)`, and 0 for keys that a query does not see.
+
+    Args:
+        z: what is marked by; it must not be used again, as the result takes its memory.
+        offset: query `i` sees the keys `j <= i + offset`; `None`: every key.
+        visible: `False` for keys that nobody sees.
+    """
+    if is_transformed():
+        f = torch.sigmoid(z) if offset is None else torch.sigmoid(z).tril(offset)
+        return f if visible is None else f * visible[:, None, None, :]
+    return _MaskedSigmoid.apply(z, offset, visible)
+
+
+class _MaskedSigmoid(torch.autograd.Function):
+    """Written over its input, with one derivative for both: where a mark is 0, so is that."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, offset: int | None, visible: Tensor | None) -> Tensor:
+        f = z.detach().sigmoid_()
+        if offset is not None:
+            f.tril_(offset)
+        if visible is not None:
+            f.mul_(visible[:, None, None, :])
+        ctx.save_for_backward(f)
+        return f
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (f,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return upstream * f * (1 - f), None, None
+        return torch.ops.aten.sigmoid_backward(upstream, f), None, None
+
+
+def sums_over_seen(
+    v: Float[Tensor, "batch heads keys features"], queries: int, is_causal: bool
+) -> Float[Tensor, "batch heads #queries features"]:
+    """For every query the sum over the values that it sees; those that nobody sees are 0."""
+    if not is_causal:
+        return v.sum(-2, keepdim=True)
+    return prefix_sums(v)[..., v.shape[-2] - queries :, :]
 
 
 # --- phase oracle -----------------------------------------------------------------------------------------------

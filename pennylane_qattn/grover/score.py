@@ -160,6 +160,44 @@ class AmplificationScore(ScaledDotScore):
 
     # --- the distribution ---------------------------------------------------------------------------------------
 
+    @property
+    def is_structured(self) -> bool:
+        """The weighted sums follow from those of the marks alone, so no weights need be written out."""
+        own_threshold = self.threshold == "quantile" or self.iterations == "quarter"
+        plain = self.marks == "sigmoid" and self.oracle == "amplitude" and not own_threshold
+        return plain and self.executor.is_closed_form
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+        visible: Bool[Tensor, "batch keys"] | None,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        r"""From the sums of marks and of marked values, :math:`\sum_j f_{ij}` and :math:`\sum_j f_{ij} v_j`.
+
+        :math:`\sum_j p_{ij} v_j = \frac{a^2 - b^2}{n_i} \sum_j f_{ij} v_j + \frac{b^2}{n_i} \sum_{j \preceq i} v_j`.
+        """
+        queries, keys = q.shape[-2], k.shape[-2]
+        sharpness = 1 / self.temperature.to(q.dtype)[:, None, None]
+        tau = self.tau.to(q.dtype)[:, None, None]
+        # (s - tau) / T as one product
+        q = torch.cat((q * (self.scale * sharpness), (-tau * sharpness).expand(*q.shape[:-1], 1)), dim=-1)
+        k = torch.cat((k, torch.ones_like(k[..., :1])), dim=-1)
+        f = closed_form.masked_sigmoid(q @ k.transpose(-2, -1), keys - queries if is_causal else None, visible)
+        marked = f @ torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        marked, mass = marked[..., :-1], marked[..., -1:]
+        num_keys = _num_keys(queries, keys, is_causal, visible, v)
+        if self.conditional:
+            everything = closed_form.sums_over_seen(v, queries, is_causal)
+            return torch.where(mass > 0, marked / torch.where(mass > 0, mass, 1.0), everything / num_keys)
+        mean = (mass / num_keys).clamp(max=1.0)
+        iterations, most, _ = self._iterations(mean.detach(), num_keys, keys)
+        a, b = self._factors(mean, iterations, most)
+        high, low = a.square() / num_keys, b.square() / num_keys
+        return marked * (high - low) + closed_form.sums_over_seen(v, queries, is_causal) * low
+
     def normalise(
         self,
         scores: Float[Tensor, "batch heads queries keys"],
@@ -179,7 +217,7 @@ class AmplificationScore(ScaledDotScore):
             num_keys = allowed.sum(-1, keepdim=True)
             f = self._marks(scores, visible, num_keys)
             mean = closed_form.mean_mark(f, num_keys)
-            iterations, most, turned_back = self._iterations(f.detach(), mean.detach(), num_keys)
+            iterations, most, turned_back = self._iterations(mean.detach(), num_keys, f.shape[-1])
             if self.executor.is_closed_form:
                 weights = self._closed_form(f, mean, allowed, num_keys, iterations, most)
             else:
@@ -198,9 +236,8 @@ class AmplificationScore(ScaledDotScore):
         f = closed_form.sigmoid_marks(scores, tau, self.temperature.to(scores.dtype)[:, None, None])
         return f if visible is None else f * visible
 
-    def _iterations(self, f: Tensor, mean: Tensor, num_keys: Tensor) -> tuple[Tensor, int, Tensor]:
+    def _iterations(self, mean: Tensor, num_keys: Tensor, keys: int) -> tuple[Tensor, int, Tensor]:
         """For each row how many, for all rows the most, and which rows a rule would have turned upside down."""
-        keys = f.shape[-1]
         never = torch.zeros_like(mean, dtype=torch.bool)
         if self.iterations == "per-row":
             rounds = closed_form.grover_iterations(mean * num_keys, num_keys.expand_as(mean))
@@ -303,6 +340,14 @@ def row_quantile(
     following = ordered.gather(-1, marked.clamp(max=scores.shape[-1] - 1))
     has_next = (marked < num_keys) & (marked < scores.shape[-1])
     return torch.where(has_next, (last + torch.where(has_next, following, last)) / 2, last)
+
+
+def _num_keys(queries: int, keys: int, is_causal: bool, visible: Tensor | None, like: Tensor) -> Tensor:
+    """How many keys each query sees, `(#batch, 1, queries, 1)`, and at least 1."""
+    last = torch.arange(keys - queries, keys, device=like.device)
+    last = last if is_causal else torch.full_like(last, keys - 1)
+    counts = (last + 1)[None] if visible is None else visible.cumsum(-1)[:, last]
+    return counts[:, None, :, None].clamp(min=1).to(like.dtype)
 
 
 def _allowed(scores: Tensor, visible: Tensor | None) -> Tensor:

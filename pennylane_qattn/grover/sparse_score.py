@@ -98,9 +98,18 @@ class SparseScore(Score):
         visible: Bool[Tensor, "batch keys"] | None = None,
     ) -> SparseAttention:
         """The structured operator of prepared queries and keys."""
-        q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
         shown = None if visible is None else visible[:, None].expand(-1, q.shape[1], -1)
         return self.sparsity.operator(DotProductScores(q, k, self.scale, is_causal=is_causal, visible=shown))
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+        visible: Bool[Tensor, "batch keys"] | None,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        return self.operator(q, k, is_causal, visible).attend(v)
 
     def normalise(
         self,

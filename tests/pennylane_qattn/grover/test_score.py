@@ -59,6 +59,37 @@ def test_cache_and_padding(form):
     torch.testing.assert_close(module(x, key_padding_mask=padding)[:1, 3:], alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_sums_without_weights_are_those_with_them(form):
+    module, x = attention(form), embeddings().requires_grad_()
+    learned = [x, *(p for p in module.parameters() if p.requires_grad)]
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[0, 2], padding[1, :3] = True, True
+    places = torch.arange(7).expand(2, -1)
+    for mask in (None, padding):
+        # with position ids there is no plain triangle, and the weights are written out
+        results = [module(x, key_padding_mask=mask, position_ids=ids) for ids in (None, places)]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+        gradients = [torch.autograd.grad(y.square().sum(), learned, allow_unused=True) for y in results]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert module.score.is_structured == (form in ("per-row", "fixed-point", "two", "conditional"))
+
+
+def test_second_derivatives():
+    module = attention("two", block_size=4)
+    x = embeddings(4, batch=1).requires_grad_()
+    assert torch.autograd.gradgradcheck(module, x)
+
+
+def test_not_causal():
+    torch.manual_seed(0)
+    module = build_attention("grover", 6, 2, 7, is_causal=False).double()
+    x = embeddings()
+    ids = torch.arange(7).expand(2, -1)
+    torch.testing.assert_close(module(x), module(x, position_ids=ids), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("device", ["default.qubit", "lightning.qubit"])
 @pytest.mark.parametrize("form", FORMS)
 def test_on_devices_as_in_closed_form(form, device):
