@@ -22,9 +22,11 @@ from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import AmplificationScore, Attention, GroverSparse
 from pennylane_qattn.grover.bounds import bounds_of_scores, goodness
 from pennylane_qattn.grover.estimate import estimates, to_plain
+from pennylane_qattn.grover.expectation import expected_search, fit_scaling
+from pennylane_qattn.grover.registers import Counting
 from pennylane_qattn.grover.rivals import BallTreeIndex, FullScan, QuantumFinder, RowFinder, ScoreRows
-from pennylane_qattn.grover.search import Counting, expected_search, fit_scaling, search, search_known
-from pennylane_qattn.grover.sparse import DotProductScores, midrange_shift, top_support
+from pennylane_qattn.grover.search import search, search_known
+from pennylane_qattn.grover.support import DotProductScores, midrange_shift, top_support
 from pennylane_qattn.scores import GaussianScore, ScaledDotScore
 
 Table = list[dict[str, Any]]

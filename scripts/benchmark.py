@@ -36,7 +36,8 @@ from pennylane_qattn import (
     ScaledDotScore,
     build_attention,
 )
-from pennylane_qattn.grover.sparse import DotProductScores, SparseAttention, top_support
+from pennylane_qattn.grover.sparse import SparseAttention
+from pennylane_qattn.grover.support import DotProductScores, top_support
 from pennylane_qattn.observables import draw_words, to_pennylane
 
 BASELINE = "classical"

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pennylane_qattn.grover.sparse import prefix_sums
+from pennylane_qattn.grover.products import prefix_sums
 from pennylane_qattn.transforms import is_transformed
 
 

@@ -33,15 +33,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pennylane_qattn.grover.sparse import (
-    ScoreMatrix,
-    SparseAttention,
-    Support,
-    check_row_sums,
-    dense_rows,
-    midrange_shift,
-    threshold_support,
-)
+from pennylane_qattn.grover.sparse import SparseAttention, check_row_sums, dense_rows
+from pennylane_qattn.grover.support import ScoreMatrix, Support, midrange_shift, threshold_support
 
 #: What `ErrorBounds.theorem` counts in. "missed": with the term for keys that the search missed.
 THEOREMS = ("T1", "T1'", "T1 missed", "T1' missed", "T2", "T2'", "T2' missed")

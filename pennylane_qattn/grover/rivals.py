@@ -30,16 +30,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pennylane_qattn.grover.search import (
-    QueryCounts,
-    Registers,
-    Schedule,
-    Subspace,
-    name_places,
-    search,
-    search_known,
-    search_largest,
-)
+from pennylane_qattn.grover.largest import search_largest
+from pennylane_qattn.grover.registers import Registers, Subspace
+from pennylane_qattn.grover.search import QueryCounts, Schedule, name_places, search, search_known
 
 #: Rows are taken in blocks of about so many scores.
 BLOCK_SCORES = 1 << 22

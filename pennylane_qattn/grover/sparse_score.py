@@ -14,13 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pennylane_qattn.grover.sparse import (
+from pennylane_qattn.grover.sparse import SparseAttention, check_row_sums, dense_rows
+from pennylane_qattn.grover.support import (
     DotProductScores,
     ScoreMatrix,
-    SparseAttention,
     Support,
-    check_row_sums,
-    dense_rows,
     midrange_shift,
     threshold_support,
     top_support,

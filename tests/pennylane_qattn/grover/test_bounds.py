@@ -14,10 +14,10 @@ from pennylane_qattn.grover.bounds import (
     t2_bound,
     value_range,
 )
-from pennylane_qattn.grover.sparse import (
+from pennylane_qattn.grover.sparse import SparseAttention
+from pennylane_qattn.grover.support import (
     DenseScores,
     DotProductScores,
-    SparseAttention,
     Support,
     midrange_shift,
     threshold_support,
@@ -262,9 +262,9 @@ def test_rows_that_see_nothing_have_no_error(rng):
 
 @FORMS
 def test_goodness_by_head(is_causal, rng, monkeypatch):
-    from pennylane_qattn.grover import sparse
+    from pennylane_qattn.grover import support
 
-    monkeypatch.setattr(sparse, "SCORE_ELEMENTS", 2 * 3 * 17 * 4)
+    monkeypatch.setattr(support, "SCORE_ELEMENTS", 2 * 3 * 17 * 4)
     s = torch.randn(2, 3, 17, 17, generator=rng, dtype=torch.float64) * torch.tensor([0.2, 1.0, 3.0])[:, None, None]
     reports = goodness(DenseScores(s, is_causal=is_causal), 0.25)
     assert [report.head for report in reports] == [0, 1, 2]

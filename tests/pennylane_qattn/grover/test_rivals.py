@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from pennylane_qattn.grover.registers import Counting, StateVector, Subspace
 from pennylane_qattn.grover.rivals import FINDERS, BallTreeIndex, FullScan, QuantumFinder, ScoreRows
-from pennylane_qattn.grover.search import Counting, Schedule, StateVector, Subspace
+from pennylane_qattn.grover.search import Schedule
 
 QUANTUM = {kind.name: kind for kind in (StateVector, Subspace, Counting)}
 

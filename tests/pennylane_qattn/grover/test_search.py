@@ -7,27 +7,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pennylane_qattn.grover.search import (
+from pennylane_qattn.grover.expectation import expected_calls, expected_largest, expected_search, fit_scaling
+from pennylane_qattn.grover.largest import count_largest, search_extremes, search_largest
+from pennylane_qattn.grover.registers import (
     SIMULATORS,
     STATE_VECTOR_KEYS,
     Counting,
-    Schedule,
     StateVector,
     Subspace,
-    best_iterations,
-    count_largest,
-    expected_calls,
-    expected_largest,
-    expected_search,
-    fit_scaling,
     grover_state,
-    name_places,
-    search,
-    search_extremes,
-    search_known,
-    search_largest,
     success_probability,
 )
+from pennylane_qattn.grover.search import Schedule, best_iterations, name_places, search, search_known
 
 simulators = pytest.mark.parametrize("simulator", SIMULATORS.values(), ids=SIMULATORS)
 SIZES = 2 ** np.arange(8, 21, 2)

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pennylane_qattn.grover import sparse
-from pennylane_qattn.grover.sparse import (
+from pennylane_qattn.grover import products
+from pennylane_qattn.grover import support as support_module
+from pennylane_qattn.grover.products import causal_linear_attention, prefix_sums
+from pennylane_qattn.grover.sparse import SparseAttention
+from pennylane_qattn.grover.support import (
     DenseScores,
     DotProductScores,
-    SparseAttention,
     Support,
-    causal_linear_attention,
     midrange_shift,
-    prefix_sums,
     threshold_support,
     top_support,
 )
@@ -118,7 +118,7 @@ def test_invisible_keys_are_as_if_they_were_not_there(is_causal, order, rng):
 @pytest.mark.parametrize("elements", [1, 150, 2**20])
 @FORMS
 def test_builders_find_what_a_look_at_all_scores_finds(elements, is_causal, rng, monkeypatch):
-    monkeypatch.setattr(sparse, "SCORE_ELEMENTS", elements)
+    monkeypatch.setattr(support_module, "SCORE_ELEMENTS", elements)
     q, k, _ = factors(rng, 2, 3, keys=17, spread=2.0)
     scores = DotProductScores(q, k, 0.7, is_causal=is_causal)
     s = 0.7 * q @ k.mT
@@ -170,7 +170,7 @@ def test_gradients_are_those_of_the_dense_formula(is_causal, order, method, rng)
 @FORMS
 @ORDERS
 def test_derivatives_twice(is_causal, order, rng, monkeypatch):
-    monkeypatch.setattr(sparse, "CHUNK", 2)
+    monkeypatch.setattr(products, "CHUNK", 2)
     q, k, v = (t.requires_grad_() for t in factors(rng, 2, queries=3, keys=4, width=2, features=1, spread=0.5))
     support = top_support(DotProductScores(q, k, is_causal=is_causal), 2)
 
@@ -198,11 +198,11 @@ def test_gathering_in_blocks_gives_the_same_dots(rng, monkeypatch):
     """Devices other than a CPU take this way."""
     q, k, _ = factors(rng, 2, keys=19)
     support = threshold_support(DotProductScores(q, k), 0.4)
-    pattern = sparse._Pattern(support, 19)
+    pattern = products.Pattern(support, 19)
     expected = (q @ k.mT).gather(-1, support.indices).masked_fill(~support.mask, 0.0).flatten(0, 1)
     for elements in (1, 200, 2**20):
-        monkeypatch.setattr(sparse, "GATHER_ELEMENTS", elements)
-        for dots in (sparse._gathered_dots, sparse._sampled_dots):
+        monkeypatch.setattr(products, "GATHER_ELEMENTS", elements)
+        for dots in (products._dots_by_gathering, products._dots_by_kernel):
             assert (dots(q.flatten(0, 1), k.flatten(0, 1), pattern) - expected).abs().max() <= 1e-13
 
 
@@ -259,7 +259,7 @@ def test_no_square_of_tokens_is_ever_made_forwards_or_backwards(is_causal, order
         t.requires_grad_() for t in factors(rng, keys=n, width=width, features=width, dtype=torch.float32, spread=0.3)
     )
     scores = DotProductScores(q, k, is_causal=is_causal)
-    monkeypatch.setattr(sparse, "SCORE_ELEMENTS", 2**15)
+    monkeypatch.setattr(support_module, "SCORE_ELEMENTS", 2**15)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         with LargestTensor() as seen:
