@@ -194,7 +194,7 @@ def resources(argv: list[str]) -> None:
             console.print()
             console.print(_table(name, groups, tokens, options))
     if without:
-        console.print(f"\nwithout circuits: {', '.join(without)}")
+        console.print(f"\nwithout circuits in their maps: {', '.join(without)}")
     if len(without) < len(counted):
         console.print("\n" + _notes(options), soft_wrap=not console.is_terminal)
 

@@ -16,6 +16,7 @@ from lightning_modules.gpt import GPT
 from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import Attention, Circuit, CircuitFeatureMap, StateFeatureMap
 from pennylane_qattn.causality import certify
+from pennylane_qattn.execution import RunsCircuits
 from pennylane_qattn.features import circuit_within
 from pennylane_qattn.gates import EncodingBox, ansatz_operations, encoding_operations
 from pennylane_qattn.observables import group_words, to_pennylane
@@ -92,6 +93,11 @@ def head_circuit(attention: Attention, layer: int, head: int = 1, map: str | Non
     """
     found = {name: circuit_within(getattr(attention, f"{name}_map")) for name in ("value", "query", "key")}
     found = {name: m for name, m in found.items() if m is not None}
+    if not found and isinstance(attention.score, RunsCircuits):
+        raise ValueError(
+            f"the circuits of {attention.name} attention are of rows of keys and not of a map; "
+            "pennylane_qattn.grover.circuits.row_circuit makes one, to draw or to export"
+        )
     if not found:
         raise ValueError(f"{attention.name} attention has no circuits; choose one that has, such as qisa")
     if map is not None and map not in found:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pennylane_qattn", "lightning_modules")
 
 #: Distributions whose import name is another.
-IMPORT_NAMES = {"pyyaml": "yaml"}
+IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -197,7 +197,8 @@ def test_constraints_hold_pins_and_nothing_else():
 
 
 def test_every_import_is_declared():
-    declared = requirements("options", "install_requires") + requirements("options.extras_require", "hf")
+    declared = requirements("options", "install_requires")
+    declared += [r for extra in ("hf", "index") for r in requirements("options.extras_require", extra)]
     names = {canonicalize_name(requirement.name) for requirement in declared}
     known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
     known |= sys.stdlib_module_names | set(PACKAGES)
