@@ -43,6 +43,7 @@ from pennylane_qattn.openqasm import measurement_settings, to_openqasm
 from pennylane_qattn.planning import Execution, Plan
 from pennylane_qattn.published import QISAAbsorbedPublished, QISAPublished, QSANNMultiPublished, QSANNPublished
 from pennylane_qattn.resources import circuit_resources, training_executions
+from pennylane_qattn.reuploading import ReuploadedFeatureMap
 from pennylane_qattn.scores import (
     GaussianScore,
     OverlapScore,
@@ -106,6 +107,7 @@ __all__ = [
     "QuadraticFeatureMap",
     "RandomAbsorbedFeatureMap",
     "RandomQuadraticFeatureMap",
+    "ReuploadedFeatureMap",
     "ScaledDot",
     "ScaledDotScore",
     "Score",

@@ -22,6 +22,7 @@ from pennylane_qattn.features import (
 from pennylane_qattn.grover.score import AmplificationScore, check_options
 from pennylane_qattn.grover.sparse_score import SPARSE_SCORES, Sparsity
 from pennylane_qattn.registry import Description, Registry
+from pennylane_qattn.reuploading import ReuploadedFeatureMap
 from pennylane_qattn.scores import (
     GaussianScore,
     OverlapScore,
@@ -203,6 +204,7 @@ class Values:
 #: - `random-absorbed`, `quadratic` with random forms in place of its Pauli words: `d^2`;
 #: - `learned-quadratic`, observables with one learned basis in common: `d^2 + dh`;
 #: - `learned-circuit`, any observables that are diagonal after the circuit: `3n + (2^n - 1)h`;
+#: - `reuploaded-circuit`, `circuit` with its input encoded a second time, as phases: `6n + 1`;
 #: - `mixed-circuit`, `linear` and `circuit` added, each with a learned weight: `dh + 3n + 2`;
 #: - `mixed-quadratic`, `linear` and `quadratic` likewise: `dh + d^2 + 2`.
 VALUES: dict[str, Values] = {
@@ -214,6 +216,9 @@ VALUES: dict[str, Values] = {
     "learned-quadratic": Values(lambda m, *sizes, seed: LearnedQuadraticFeatureMap(*sizes, m.split)),
     "learned-circuit": Values(
         lambda m, *sizes, seed: m.circuit(*sizes, seed, LearnedCircuitFeatureMap), has_circuit=True
+    ),
+    "reuploaded-circuit": Values(
+        lambda m, *sizes, seed: m.circuit(*sizes, seed, ReuploadedFeatureMap), has_circuit=True
     ),
     "mixed-circuit": Values(lambda m, *sizes, seed: MixedFeatureMap(m.circuit(*sizes, seed), m.bias), has_circuit=True),
     "mixed-quadratic": Values(
@@ -398,6 +403,7 @@ class Grover(FreeValues):
         temperature: `"fixed"` or `"learned"`.
         start_temperature: the temperature, or where it starts.
         conditional: the distribution given that the marked outcome was found; independent of the iterations.
+        least_marked: rows with fewer marked keys on average are not amplified, by the rule `"per-row"`.
         length: of the fixed-point schedule, odd.
         delta: of the fixed-point schedule.
     """
@@ -412,6 +418,7 @@ class Grover(FreeValues):
     temperature: str = "learned"
     start_temperature: float = 1.0
     conditional: bool = False
+    least_marked: float = 0.5
     length: int = 3
     delta: float = 0.5
 

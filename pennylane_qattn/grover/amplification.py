@@ -45,16 +45,18 @@ def mean_mark(f: Float[Tensor, "*rows keys"], num_keys: Float[Tensor, "*#rows 1"
     return (f.sum(-1, keepdim=True) / num_keys).clamp(max=1.0)  # rounding may leave a mean of ones above 1
 
 
-def grover_iterations(marked: Float[Tensor, "*rows"], num_keys: Float[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
+def grover_iterations(
+    marked: Float[Tensor, "*rows"], num_keys: Float[Tensor, "*rows"], least: float = 0.5
+) -> Int[Tensor, "*rows"]:
     r"""The best number of iterations for so many marked keys of so many, :math:`R \leq \pi\sqrt{n}/4`.
 
-    0 for fewer than half a marked key, else
+    0 for fewer than `least` marked keys, else
     :math:`\max(0, \mathrm{round}(\pi / (4 \arcsin\sqrt{\max(m, 1)/n}) - 1/2))`. With hard marks the success probability
     is then at least :math:`\max(\lambda, 1 - \lambda)`, :math:`\lambda = m/n`.
     """
     angle = (marked.clamp(min=1.0) / num_keys).clamp(max=1.0).sqrt().asin()
     best = (math.pi / (4 * angle) - 0.5).round().clamp(min=0)
-    return torch.where(marked < 0.5, torch.zeros_like(best), best).long()
+    return torch.where(marked < least, torch.zeros_like(best), best).long()
 
 
 def most_iterations(num_keys: int) -> int:

@@ -81,6 +81,8 @@ class AmplificationScore(ScaledDotScore):
         temperature: `"fixed"` or `"learned"` per head.
         start_temperature: the temperature, or where it starts.
         conditional: the distribution given that the ancilla is found in 1.
+        least_marked: `"per-row"` leaves rows alone that have fewer marked keys than that on average. Such a row is
+            uniform and has no gradient, so heads that come there while training may stay there: with 0 none does.
         length: :math:`L` of the fixed-point schedule, odd.
         delta: :math:`\delta` of the fixed-point schedule.
 
@@ -104,6 +106,7 @@ class AmplificationScore(ScaledDotScore):
         temperature: str = "learned",
         start_temperature: float = 1.0,
         conditional: bool = False,
+        least_marked: float = 0.5,
         length: int = 3,
         delta: float = 0.5,
     ):
@@ -118,12 +121,13 @@ class AmplificationScore(ScaledDotScore):
             temperature=temperature,
             start_temperature=start_temperature,
             conditional=conditional,
+            least_marked=least_marked,
             length=length,
             delta=delta,
         )
         self.marks, self.oracle, self.conditional = marks, oracle, conditional
         self.iterations, self.threshold, self.quantile = iterations, threshold, quantile
-        self.length, self.delta = length, delta
+        self.least_marked, self.length, self.delta = least_marked, length, delta
         if marks == "sigmoid":
             self._hold("tau", tau, threshold == "learned")
             # the logarithm, so that a learned temperature stays positive
@@ -240,7 +244,7 @@ class AmplificationScore(ScaledDotScore):
         """For each row how many, for all rows the most, and which rows a rule would have turned upside down."""
         never = torch.zeros_like(mean, dtype=torch.bool)
         if self.iterations == "per-row":
-            rounds = closed_form.grover_iterations(mean * num_keys, num_keys.expand_as(mean))
+            rounds = closed_form.grover_iterations(mean * num_keys, num_keys.expand_as(mean), self.least_marked)
             return rounds, closed_form.most_iterations(keys), never
         fixed = {"quarter": 1, "fixed-point": (self.length - 1) // 2}.get(self.iterations, self.iterations)
         rounds = torch.full_like(mean, fixed).long()
@@ -400,6 +404,8 @@ def check_options(**options: Any) -> None:
         raise ValueError(f"tau must be a finite number; got {options['tau']!r}")
     if not isinstance(options["quantile"], Real) or not 0 < options["quantile"] <= 1:
         raise ValueError(f"quantile must lie in (0, 1]; got {options['quantile']!r}")
+    if not isinstance(options["least_marked"], Real) or not 0 <= options["least_marked"] <= 1:
+        raise ValueError(f"least_marked must lie in [0, 1]; got {options['least_marked']!r}")
     _check_temperature(options["start_temperature"])
     closed_form.fixed_point_phases(options["length"], options["delta"])
     if oracle == "phase" and options["conditional"]:

@@ -134,8 +134,9 @@ def test_best_number_by_hand():
     assert [best(1.0, 4.0), best(1.0, 64.0), best(0.49, 64.0), best(0.51, 64.0), best(4.0, 4.0)] == [1, 6, 0, 6, 0]
 
 
+@pytest.mark.parametrize("least", [0.5, 0.0])
 @pytest.mark.parametrize("clustered", [False, True])
-def test_rule_per_row_keeps_the_order_of_the_marks(clustered):
+def test_rule_per_row_keeps_the_order_of_the_marks(clustered, least):
     generator = torch.Generator().manual_seed(17)
     for num_keys in (2, 3, 7, 16, 61):
         scores = torch.randn(300, num_keys, dtype=torch.float64, generator=generator) * 3
@@ -146,7 +147,7 @@ def test_rule_per_row_keeps_the_order_of_the_marks(clustered):
         f = sigmoid_marks(scores, tau, temperature)
         count = torch.full((300, 1), float(num_keys), dtype=torch.float64)
         mean = mean_mark(f, count)
-        rounds = grover_iterations(mean * count, count)
+        rounds = grover_iterations(mean * count, count, least)
         most = most_iterations(num_keys)
         p = amplify(f, torch.ones_like(f), count, *amplified(mean, rounds, most))
         order = f.argsort(dim=-1)

@@ -208,6 +208,16 @@ def test_training_moves_threshold_and_temperature():
     assert {"score.tau", "score.log_temperature"} <= set(fixed.state_dict())
 
 
+def test_rows_with_hardly_a_mark_have_a_gradient_if_asked_for():
+    s = scores(3, 8).requires_grad_()
+    for least, alive in ((0.5, False), (0.0, True)):
+        score = AmplificationScore(1, 4, tau=6.0, threshold="fixed", least_marked=least).double()
+        found = score.amplify(s)
+        assert found.iterations.any() == alive
+        (gradient,) = torch.autograd.grad(found.weights.square().sum(), s)
+        assert gradient.any() == alive
+
+
 def test_extreme_scores_stay_finite():
     for size in (1e-30, 1e4):
         for form in FORMS:
@@ -241,6 +251,7 @@ def test_copies_run_where_the_original_runs():
         ({"oracle": "xor"}, "oracle must be one of amplitude, phase; got 'xor'"),
         ({"marks": "softmax", "iterations": "quarter"}, "quarter rule sets a threshold"),
         ({"quantile": 0.0}, r"quantile must lie in \(0, 1\]; got 0"),
+        ({"least_marked": 2.0}, r"least_marked must lie in \[0, 1\]; got 2.0"),
         ({"length": 4}, "odd"),
         ({"delta": 1.0}, "delta must lie between 0 and 1"),
     ],
