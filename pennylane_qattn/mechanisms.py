@@ -413,12 +413,12 @@ class Grover(FreeValues):
     oracle: str = "amplitude"
     iterations: str | int = "per-row"
     threshold: str = "learned"
-    tau: float = 2.0
+    tau: float = 1.0
     quantile: float = 0.25
     temperature: str = "learned"
     start_temperature: float = 1.0
     conditional: bool = False
-    least_marked: float = 0.5
+    least_marked: float = 0.0
     length: int = 3
     delta: float = 0.5
 

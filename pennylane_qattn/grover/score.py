@@ -81,8 +81,8 @@ class AmplificationScore(ScaledDotScore):
         temperature: `"fixed"` or `"learned"` per head.
         start_temperature: the temperature, or where it starts.
         conditional: the distribution given that the ancilla is found in 1.
-        least_marked: `"per-row"` leaves rows alone that have fewer marked keys than that on average. Such a row is
-            uniform and has no gradient, so heads that come there while training may stay there: with 0 none does.
+        least_marked: `"per-row"` leaves rows alone that have fewer marked keys than that on average. A search would
+            take 1/2; but such a row is uniform and has no gradient, so heads that come there in training stay there.
         length: :math:`L` of the fixed-point schedule, odd.
         delta: :math:`\delta` of the fixed-point schedule.
 
@@ -101,12 +101,12 @@ class AmplificationScore(ScaledDotScore):
         oracle: str = "amplitude",
         iterations: str | int = "per-row",
         threshold: str = "learned",
-        tau: float = 2.0,
+        tau: float = 1.0,
         quantile: float = 0.25,
         temperature: str = "learned",
         start_temperature: float = 1.0,
         conditional: bool = False,
-        least_marked: float = 0.5,
+        least_marked: float = 0.0,
         length: int = 3,
         delta: float = 0.5,
     ):
