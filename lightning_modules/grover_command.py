@@ -20,6 +20,9 @@ from lightning_modules.language_model import LanguageModel
 from lightning_modules.training_cli import TrainingCLI, check_writable
 from pennylane_qattn import Grover
 
+#: Thresholds to try are these quantiles of all scores.
+SHARES = (0.5, 0.75, 0.9, 0.97)
+
 
 def grover(argv: list[str]) -> None:
     """`qattn grover`."""
@@ -85,7 +88,11 @@ def _model(options: argparse.Namespace) -> tuple[str, dict, list[report.Section]
         block = model.gpt.config.block_size
         ks = options.keep or [2**p for p in range(block.bit_length()) if 2**p <= block]
         tables["sparsity"] = study.sparsity_table(model, windows, ks)
-        for refused in dict.fromkeys(row["refused"] for row in tables["sparsity"] if row["refused"]):
+        every = torch.cat([study.visible_scores(scores) for scores in study.dot_product_scores(model, tokens)])
+        taus = [options.tau] if options.tau is not None else every.quantile(torch.tensor(SHARES).double()).tolist()
+        tables["thresholds"] = study.threshold_table(model, windows, taus)
+        refusals = (row["refused"] for row in (*tables["sparsity"], *tables["thresholds"]))
+        for refused in filter(None, dict.fromkeys(refusals)):
             say(f"background 1 + x: {refused}")
     title = with_label(f"Grover search on {model.attention.name} attention, {options.checkpoint}", model.label)
     return title, tables, report.model_sections(tables)

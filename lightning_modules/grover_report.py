@@ -142,6 +142,11 @@ SPARSITY = (
     Column("row error, mean", "error_mean", ".2g"),
     Column("bound, mean", "bound_mean", ".2g"),
 )
+THRESHOLDS = (
+    Column("τ", "tau", ".3g"),
+    Column("keys kept, mean", "k_mean", ".2f"),
+    *SPARSITY[1:],
+)
 AMPLIFICATION = (
     Column("layer", "layer"),
     Column("head", "head"),
@@ -250,6 +255,11 @@ def model_sections(tables: Mapping[str, Any]) -> list[Section]:
         "sparsity": (
             "Cross-entropy when a row keeps its k largest scores and the rest is background",
             SPARSITY,
+            ("Change and standard error are over windows, paired with the exact model.",),
+        ),
+        "thresholds": (
+            "Cross-entropy when a row keeps the keys with scores of τ or more",
+            THRESHOLDS,
             ("Change and standard error are over windows, paired with the exact model.",),
         ),
         "amplification": (

@@ -26,6 +26,7 @@ from pennylane_qattn.grover.expectation import expected_search, fit_scaling
 from pennylane_qattn.grover.registers import Counting
 from pennylane_qattn.grover.rivals import BallTreeIndex, FullScan, QuantumFinder, RowFinder, ScoreRows
 from pennylane_qattn.grover.search import search, search_known
+from pennylane_qattn.grover.sparse_score import Sparsity
 from pennylane_qattn.grover.support import DotProductScores, midrange_shift, top_support
 from pennylane_qattn.scores import GaussianScore, ScaledDotScore
 
@@ -304,39 +305,59 @@ def sparse_model(model: LanguageModel, **options: Any) -> LanguageModel:
 
 def sparsity_table(model: LanguageModel, windows: Windows, ks: Sequence[int], orders: Sequence[int] = (1, 2)) -> Table:
     """Cross-entropy, in nats per token, when every row keeps `k` keys only and the rest is background."""
+    options = [{"k": k, "order": order} for k, order in itertools.product(ks, orders)]
+    return _sparse_rows(model, windows, options)
+
+
+def threshold_table(
+    model: LanguageModel, windows: Windows, taus: Sequence[float], orders: Sequence[int] = (1, 2)
+) -> Table:
+    """The same when a row keeps the keys with a score of `tau` or more, in all layers."""
+    options = [
+        {"support": "threshold", "tau": float(tau), "order": order} for tau, order in itertools.product(taus, orders)
+    ]
+    return _sparse_rows(model, windows, options)
+
+
+def _sparse_rows(model: LanguageModel, windows: Windows, options: Sequence[dict[str, Any]]) -> Table:
     exact = window_losses(model, windows)
-    tokens = windows[torch.arange(len(windows))][0]
+    tokens = windows[torch.arange(min(64, len(windows)))][0]
     table = []
-    for k, order in itertools.product(ks, orders):
-        row: dict[str, Any] = {"k": k, "order": order, "exact": float(exact.mean())}
+    for option in options:
+        row: dict[str, Any] = {**option, "exact": float(exact.mean())}
         try:
-            losses = window_losses(sparse_model(model, k=k, order=order), windows)
+            sparse = sparse_model(model, **option)
+            losses = window_losses(sparse, windows)
         except ValueError as error:  # a background of 1 + x that makes a row's sum negative
-            table.append({**row, "cross_entropy": None, "change": None, "change_error": None, "refused": str(error)})
+            nothing = dict.fromkeys(("cross_entropy", "change", "change_error"))
+            table.append({**row, **nothing, "refused": str(error)})
             continue
         change = (losses - exact).mean(1)
-        etas, errors, bounds = zip(*_row_errors(model, tokens, k, order), strict=True)
         table.append(
             {
                 **row,
                 "cross_entropy": float(losses.mean()),
                 "change": float(change.mean()),
                 "change_error": float(change.std() / math.sqrt(len(change))),
-                "eta_mean": float(np.mean(etas)),
-                "error_mean": float(np.mean(errors)),
-                "bound_mean": float(np.mean(bounds)),
+                **_row_errors(model, tokens, Sparsity(**option)),
                 "refused": "",
             }
         )
     return table
 
 
-def _row_errors(model: LanguageModel, tokens: Tensor, k: int, order: int) -> Iterator[tuple[float, float, float]]:
-    """Of every layer: mean eta, row error and bound, of the exact model's scores."""
-    for scores in dot_product_scores(model, tokens[:64]):
-        support = top_support(scores, min(k, scores.num_keys))
-        found = bounds_of_scores(scores, support, midrange_shift(scores, support), order=order)
-        yield tuple(float(value.mean()) for value in (found.eta, found.true_l1, found.l1))
+def _row_errors(model: LanguageModel, tokens: Tensor, sparsity: Sparsity) -> dict[str, float]:
+    """Mean number of keys kept, eta, row error and bound over all layers, of the exact model's scores."""
+    found = []
+    for scores in dot_product_scores(model, tokens):
+        support = sparsity.find(scores)
+        bounds = bounds_of_scores(scores, support, midrange_shift(scores, support), order=sparsity.order)
+        found.append([support.sizes.double(), bounds.eta, bounds.true_l1, bounds.l1])
+    names = ("k_mean", "eta_mean", "error_mean", "bound_mean")
+    return {
+        name: float(np.mean([float(values.mean()) for values in of_layers]))
+        for name, of_layers in zip(names, zip(*found, strict=True), strict=True)
+    }
 
 
 def amplification_table(model: LanguageModel, tokens: Tensor) -> Table:

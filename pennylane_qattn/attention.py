@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pennylane_qattn.features import FeatureMap
 from pennylane_qattn.scores import Score
+from pennylane_qattn.transforms import is_transformed
 
 
 class KeyValueCache:
@@ -261,7 +262,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.score.is_dot_product and self._applies_weights_as_they_are:
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
-        elif self.score.is_structured and visibility.is_in_order and not dropout and self._applies_weights_as_they_are:
+        elif self._can_be_structured(visibility, dropout):
             heads = structured_attention(self.score, q, k, v, visibility)
         else:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
@@ -293,6 +294,10 @@ class Attention(nn.Module):
         Only `published.py` has it otherwise. The mask of what is seen, a boolean tensor, goes the same way.
         """
         return weights
+
+    def _can_be_structured(self, visibility: Visibility, dropout: float) -> bool:
+        plain = visibility.is_in_order and not dropout and not is_transformed()
+        return self.score.is_structured and plain and self._applies_weights_as_they_are
 
     @property
     def _applies_weights_as_they_are(self) -> bool:

@@ -211,7 +211,7 @@ def test_resources_of_a_preset(say):
     assert values["executions_per_training_step"]["spsa"]["exact"]["total"] == 64 * 16 * 6 * (1 + 10 + 1)
     assert values["executions_per_token"] == {"exact": 6, "sampling": sum(m["settings"] for m in values["members"])}
     text = say("resources", "--preset", "qisa-16", "--attention", "classical")
-    assert "without circuits: classical" in text
+    assert "without circuits in their maps: classical" in text
 
 
 @pytest.mark.slow

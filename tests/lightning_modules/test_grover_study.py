@@ -22,6 +22,7 @@ from lightning_modules.grover_study import (
     search_costs_of_model,
     sparse_model,
     sparsity_table,
+    threshold_table,
 )
 from pennylane_qattn import Grover, Overlap
 
@@ -141,6 +142,16 @@ def test_keeping_everything_changes_nothing_and_one_key_does(attention, windows)
     assert rows[0]["cross_entropy"] == pytest.approx(float(by_hand.mean()), abs=1e-12)
     assert abs(rows[0]["change"]) > 1e-5
     assert 0 < rows[0]["error_mean"] <= rows[0]["bound_mean"]
+
+
+def test_a_threshold_below_every_score_changes_nothing(windows):
+    trained = model("classical")
+    rows = threshold_table(trained, windows, [-100.0, 0.3], orders=[1])
+    assert rows[0]["cross_entropy"] == pytest.approx(rows[0]["exact"], abs=1e-12)
+    assert rows[0]["k_mean"] == pytest.approx(4.5)
+    assert rows[1]["k_mean"] < 4.5 and abs(rows[1]["change"]) > 1e-6
+    by_hand = window_losses(sparse_model(trained, support="threshold", tau=0.3), windows)
+    assert rows[1]["cross_entropy"] == pytest.approx(float(by_hand.mean()), abs=1e-12)
 
 
 def test_goodness_and_costs_are_of_the_models_scores(windows):

@@ -36,7 +36,7 @@ def test_registered_mechanisms_are_causal(name):
     assert all(
         check.largest == 0 for check in found.checks if check.test in ("rows", "futures", "jacobians", "weights")
     )
-    has_circuits = name == "qisa" or name.startswith(WITH_CIRCUITS)
+    has_circuits = name in ("qisa", "grover") or name.startswith(WITH_CIRCUITS)
     assert found.form == ("float64 copy, circuits folded" if has_circuits else "float64 copy")
 
 

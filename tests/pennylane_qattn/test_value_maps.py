@@ -17,6 +17,7 @@ from pennylane_qattn import (
     QuadraticFeatureMap,
     RandomAbsorbedFeatureMap,
     RandomQuadraticFeatureMap,
+    ReuploadedFeatureMap,
     build_attention,
     set_execution,
 )
@@ -32,6 +33,7 @@ NEW = {
     "random-absorbed": RandomAbsorbedFeatureMap,
     "learned-quadratic": LearnedQuadraticFeatureMap,
     "learned-circuit": LearnedCircuitFeatureMap,
+    "reuploaded-circuit": ReuploadedFeatureMap,
     "mixed-circuit": MixedFeatureMap,
     "mixed-quadratic": MixedFeatureMap,
 }
