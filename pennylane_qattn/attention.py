@@ -296,7 +296,7 @@ class Attention(nn.Module):
         return weights
 
     def _can_be_structured(self, visibility: Visibility, dropout: float) -> bool:
-        plain = visibility.is_in_order and not dropout and not is_transformed()
+        plain = visibility.is_in_order and visibility.queries > 0 and not dropout and not is_transformed()
         return self.score.is_structured and plain and self._applies_weights_as_they_are
 
     @property

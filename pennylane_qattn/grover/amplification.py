@@ -55,13 +55,16 @@ def grover_iterations(
     is then at least :math:`\max(\lambda, 1 - \lambda)`, :math:`\lambda = m/n`.
     """
     angle = (marked.clamp(min=1.0) / num_keys).clamp(max=1.0).sqrt().asin()
-    best = (math.pi / (4 * angle) - 0.5).round().clamp(min=0)
+    # Half of the keys marked is half way between two numbers. Rounding errors must not choose there: up, where it is a
+    # row of two with less than one marked, and down elsewhere, which never puts small marks above large ones.
+    nudge = torch.where(marked <= 1, 1e-5, -1e-5)
+    best = (math.pi / (4 * angle) - 0.5 + nudge).round().clamp(min=0)
     return torch.where(marked < least, torch.zeros_like(best), best).long()
 
 
 def most_iterations(num_keys: int) -> int:
     r"""An upper bound of `grover_iterations` for rows of up to so many keys."""
-    return max(0, round(math.pi / (4 * math.asin(num_keys**-0.5)) - 0.5)) if num_keys > 1 else 0
+    return max(0, round(math.pi / (4 * math.asin(num_keys**-0.5)) - 0.5 + 1e-5)) if num_keys > 1 else 0
 
 
 def amplified(

@@ -117,6 +117,8 @@ class SparseScore(Score):
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The weights with every entry: for looking, for dropout, and where positions are no plain triangle."""
         s = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if not s.numel():
+            return s
         allowed = torch.ones_like(s, dtype=torch.bool) if visible is None else visible.expand(s.shape)
         with torch.no_grad():
             kept = self._kept(s, allowed)

@@ -398,7 +398,7 @@ def test_switching_back_and_forth():
         assert_all_close(run(module, tokens()), expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if name != "grover"])
+@pytest.mark.parametrize("name", ATTENTION)
 def test_parameters_do_not_know_the_execution(name):
     torch.manual_seed(0)
     attention = build_attention(name, 6, 2, 4)

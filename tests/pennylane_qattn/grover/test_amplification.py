@@ -134,6 +134,29 @@ def test_best_number_by_hand():
     assert [best(1.0, 4.0), best(1.0, 64.0), best(0.49, 64.0), best(0.51, 64.0), best(4.0, 4.0)] == [1, 6, 0, 6, 0]
 
 
+def test_rows_of_two_are_amplified_whatever_the_precision():
+    for dtype in (torch.float32, torch.float64):
+        marked = torch.tensor([0.1, 0.7, 0.999, 1.0, 1.2], dtype=dtype)
+        assert grover_iterations(marked, torch.full_like(marked, 2.0), 0.0).tolist() == [1, 1, 1, 1, 0]
+
+
+def test_weights_are_continuous_where_the_number_of_iterations_changes():
+    num_keys = 40
+    shape = torch.rand(num_keys, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    count = torch.full((1,), float(num_keys), dtype=torch.float64)
+    previous, rounds_seen = None, set()
+    for strength in torch.linspace(0.001, 1.0, 20_001, dtype=torch.float64):
+        f = shape * strength
+        mean = mean_mark(f, count)
+        rounds = grover_iterations(mean * count, count, 0.0)
+        p = amplify(f, torch.ones_like(f), count, *amplified(mean, rounds, most_iterations(num_keys)))
+        rounds_seen.add(int(rounds))
+        if previous is not None:
+            assert (p - previous).abs().max() < 1e-4
+        previous = p
+    assert len(rounds_seen) >= 4
+
+
 @pytest.mark.parametrize("least", [0.5, 0.0])
 @pytest.mark.parametrize("clustered", [False, True])
 def test_rule_per_row_keeps_the_order_of_the_marks(clustered, least):
