@@ -258,6 +258,8 @@ def random_model(seed):
         options["split"] = bool(rng.integers(2))
     if "bias" in ATTENTION[name].__dataclass_fields__:
         options["bias"] = bool(rng.integers(2))
+    if "k" in ATTENTION[name].__dataclass_fields__:
+        options["k"] = int(rng.integers(1, block + 1))
     mechanism, dropout = ATTENTION.build(name, seed=seed, **options), float(rng.choice([0.0, 0.3]))
     given = {"batch_size": int(rng.integers(1, 4)), "seed": seed}
     if rng.integers(2):
