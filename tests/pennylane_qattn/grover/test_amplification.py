@@ -145,14 +145,14 @@ def test_weights_are_continuous_where_the_number_of_iterations_changes():
     shape = torch.rand(num_keys, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     count = torch.full((1,), float(num_keys), dtype=torch.float64)
     previous, rounds_seen = None, set()
-    for strength in torch.linspace(0.001, 1.0, 20_001, dtype=torch.float64):
+    for strength in torch.linspace(0.001, 1.0, 4_001, dtype=torch.float64):
         f = shape * strength
         mean = mean_mark(f, count)
         rounds = grover_iterations(mean * count, count, 0.0)
         p = amplify(f, torch.ones_like(f), count, *amplified(mean, rounds, most_iterations(num_keys)))
         rounds_seen.add(int(rounds))
         if previous is not None:
-            assert (p - previous).abs().max() < 1e-4
+            assert (p - previous).abs().max() < 5e-4
         previous = p
     assert len(rounds_seen) >= 4
 
