@@ -27,12 +27,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pennylane_qattn.grover.largest import search_largest
 from pennylane_qattn.grover.registers import Registers, Subspace
 from pennylane_qattn.grover.search import QueryCounts, Schedule, name_places, search, search_known
+from pennylane_qattn.grover.support import Support
 
 #: Rows are taken in blocks of about so many scores.
 BLOCK_SCORES = 1 << 22
@@ -155,6 +157,14 @@ class FoundKeys:
     def row(self, index: int) -> Int[np.ndarray, " row"]:
         """The keys of one row."""
         return self.keys[self.offsets[index] : self.offsets[index + 1]]
+
+    def support(self) -> Support:
+        """What was found as the support of a sparse operator, `(rows, k)`."""
+        sizes = np.diff(self.offsets)
+        mask = np.arange(max(1, sizes.max(initial=0))) < sizes[:, None]
+        indices = np.zeros(mask.shape, dtype=np.int64)
+        indices[mask] = self.keys
+        return Support(torch.from_numpy(indices), torch.from_numpy(mask))
 
 
 class RowFinder(ABC):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from pennylane_qattn.grover.bounds import bound
 from pennylane_qattn.grover.registers import Counting, StateVector, Subspace
 from pennylane_qattn.grover.rivals import FINDERS, BallTreeIndex, FullScan, QuantumFinder, ScoreRows
 from pennylane_qattn.grover.search import Schedule
+from pennylane_qattn.grover.sparse import SparseAttention
+from pennylane_qattn.grover.support import DotProductScores, midrange_shift
 
 QUANTUM = {kind.name: kind for kind in (StateVector, Subspace, Counting)}
 
@@ -332,3 +335,30 @@ def test_bad_leaf_size():
     pytest.importorskip("sklearn")
     with pytest.raises(ValueError, match="leaf_size must be at least 1"):
         BallTreeIndex(leaf_size=0)
+
+
+# --- from a search to attention -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finder", [FullScan(), QuantumFinder(seed=3), QuantumFinder(Counting, seed=4)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_a_search_finds_becomes_attention_within_its_bound(finder, causal):
+    rng = np.random.default_rng(8)
+    q, k, v = (torch.from_numpy(rng.normal(size=(61, 7))) for _ in range(3))
+    tau = 1.0
+    found = finder.above(ScoreRows.from_vectors(q, k, causal=causal), tau)
+    scores = DotProductScores(q, k, is_causal=causal)
+    operator = SparseAttention(scores, found.support(), midrange_shift(scores, found.support()))
+    assert operator.support.sizes.tolist() == np.diff(found.offsets).tolist()
+    dense = (q @ k.T) / 7**0.5
+    allowed = torch.ones(61, 61, dtype=torch.bool).tril() if causal else torch.ones(61, 61, dtype=torch.bool)
+    exact = dense.masked_fill(~allowed, float("-inf")).softmax(-1)
+    certificate = bound(operator, tau=tau)
+    error = (operator.to_dense(normalised=True) - exact).abs().sum(-1)
+    torch.testing.assert_close(error, certificate.true_l1, rtol=0, atol=1e-12)
+    assert (error <= certificate.l1 + 1e-12).all()
+    assert (operator.attend(v) - exact @ v).abs().max() <= certificate.output(v, scores).max() + 1e-12
+    marked = (dense >= tau) & allowed
+    if finder.exact:
+        assert torch.equal(operator.support.dense(slice(None), 61), marked)
+    assert not (operator.support.dense(slice(None), 61) & ~marked).any()  # every key was verified
