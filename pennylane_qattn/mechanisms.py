@@ -411,7 +411,7 @@ class Grover(FreeValues):
     name = "grover"
     marks: str = "sigmoid"
     oracle: str = "amplitude"
-    iterations: str | int = "per-row"
+    iterations: int | str = "per-row"
     threshold: str = "learned"
     tau: float = 1.0
     quantile: float = 0.25
