@@ -135,7 +135,7 @@ class Excess(Metric):
     sums :math:`D_g` of the differences of the :math:`n_g` tokens of group g of G, and the excess
     :math:`e = \sum D_g / \sum n_g`, its error is
 
-    .. math:: \sqrt{\tfrac{G}{G - 1} \sum_g (D_g - e n_g)^2} \Big/ \sum_g n_g.
+    .. math:: \sqrt{\tfrac{G}{G - 1} \sum_g (D_g - e n_g)^2} / \sum_g n_g.
 
     There are up to 64 groups. They hold 2T windows at least, where that leaves 16 of them: each of the windows that
     begin at neighbouring tokens has T - 1 tokens in common with the next. Fewer windows give fewer groups, and an error

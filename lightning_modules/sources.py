@@ -11,7 +11,7 @@ Who sees only a window of the text does not know the state in which it begins. T
 :math:`b_0 = \pi` and learns of the state from the symbols (the forward filter):
 
 .. math::
-    P(x_t \mid x_0 \dots x_{t-1}) = \sum_s b_t(s)\, E_{s x_t}, \qquad
+    P(x_t \mid x_0 \ldots x_{t-1}) = \sum_s b_t(s)\, E_{s x_t}, \qquad
     b_{t+1}(s') \propto \sum_{s:\, f(s, x_t) = s'} b_t(s)\, E_{s x_t}.
 
 No predictor that is given the same window has a lower cross-entropy on average.
@@ -148,7 +148,7 @@ class Source:
             targets: ids of the symbols that follow each of them.
 
         Returns:
-            On the CPU, `-log P(targets[:, t] | inputs[:, 0], ..., inputs[:, t])`.
+            `-log P(target t | inputs 0 to t)` of every window and place t, on the CPU.
 
         Raises:
             ValueError: as `conditional` does, or if the shapes differ.

@@ -73,7 +73,7 @@ def certify(
         seed: draws inputs and what is put in their place, and sets the state of random layers.
 
     Returns:
-        The certificate: causal, LEAKS, or undecided where less than the least could be done.
+        The certificate, whose verdict is causal, LEAKS, or undecided where less than the least could be done.
 
     Raises:
         ValueError: if the module cannot be copied or called, what it reads cannot be told, or for a bad argument.

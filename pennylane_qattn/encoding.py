@@ -60,7 +60,7 @@ class Encoding(Description, ABC):
 class AmplitudeEncoding(Encoding):
     r""":math:`x / \lVert x \rVert`, zero-padded to :math:`2^n`, :math:`n = \max(1, \lceil\log_2 d\rceil)`.
 
-    The zero vector, where the map is not continuous, is defined as :math:`|0\dots0\rangle` with gradient 0.
+    The zero vector, where the map is not continuous, is defined as :math:`|0\ldots0\rangle` with gradient 0.
     """
 
     name = "amplitude"

@@ -36,7 +36,7 @@ def to_openqasm(circuit: Circuit, inputs: Any, weights: Any, *, version: str = "
 
     Args:
         circuit: what is run.
-        inputs: the vector that is encoded, `(num_features,)`; the zero vector gives |0...0>.
+        inputs: the vector that is encoded, `(num_features,)`; the zero vector gives `|0...0>`.
         weights: the angles, of the shape `circuit.weight_shape`, radians.
         version: of OpenQASM, one of `VERSIONS`.
         basis: a letter X, Y or Z for each wire (or I, read as Z): the gates that turn this basis to the computational

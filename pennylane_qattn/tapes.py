@@ -136,7 +136,7 @@ class Tapes:
         return values[:, self.places[job.head]]
 
     def gathered_states(self, results: Sequence[tuple[np.ndarray, ...]], broadcast: bool) -> np.ndarray:
-        """The states `(inputs, 2 ** wires)`; a device's further wires, which stay |0>, are left out."""
+        """The states `(inputs, 2 ** wires)`; a device's further wires, which stay `|0>`, are left out."""
         if not results:
             return np.zeros((0, 2**self.num_wires), dtype=complex)
         states = results[0][-1] if broadcast else np.stack([result[-1] for result in results])

@@ -205,7 +205,7 @@ def diagonal(phases: Float[Tensor, "*batch size"], wires: Sequence[int]) -> None
 
 
 def phase_of_zero(alpha: float, wires: Sequence[int]) -> None:
-    r"""Queues :math:`1 - (1 - e^{-i\alpha})|0\dots0\rangle\langle0\dots0|`."""
+    r"""Queues :math:`1 - (1 - e^{-i\alpha})|0\ldots0\rangle\langle0\ldots0|`."""
     for wire in wires:
         qml.X(wire)
     qml.ctrl(qml.PhaseShift(-alpha, wires=wires[-1]), control=list(wires[:-1])) if len(wires) > 1 else qml.PhaseShift(
