@@ -77,7 +77,7 @@ def decomposed(operations: Sequence[qml.operation.Operator]) -> list[qml.operati
 
 
 def state_operations(state: np.ndarray, wires: Sequence[int]) -> list[qml.operation.Operator]:
-    """Gates that take `|0...0>` to a state `(2 ** len(wires),)` of norm 1, the first wire being the most significant."""
+    """Gates that take `|0...0>` to a state `(2 ** len(wires),)` of norm 1, the first wire the most significant."""
     state = np.asarray(state)
     if np.iscomplexobj(state) and state.imag.any():
         return qml.MottonenStatePreparation(state, wires=wires).decomposition()

@@ -24,9 +24,10 @@ the future in an attention (by `certify`)   1e-12                       1e-12
 ==========================================  ==========================  ==========================
 
 Exact gradients are those by backprop, adjoint, parameter-shift and hadamard, and all by inputs encoded as amplitudes.
-The future is looked for in float64, with circuits folded. The 1/h is the precision of the device, not of the tensors. A standard error of spsa follows from the exact gradients:
-with K directions of signs, :math:`\sqrt{(\lVert g\rVert^2 - g_i^2)/K}` for entry i of an input's gradient g. The mean
-square of P errors must not exceed :math:`1 + 6\sqrt{2/P}` squared standard errors either.
+The future is looked for in float64, with circuits folded. The 1/h is the precision of the device, not of the tensors. A
+standard error of spsa follows from the exact gradients: with K directions of signs,
+:math:`\sqrt{(\lVert g\rVert^2 - g_i^2)/K}` for entry i of an input's gradient g. The mean square of P errors must not
+exceed :math:`1 + 6\sqrt{2/P}` squared standard errors either.
 """
 
 import copy
