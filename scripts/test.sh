@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # Lints the code and runs the tests; fails if either finds a fault. Installs what that needs; see environment.sh.
 #
-#   bash scripts/test.sh [--slow] [--plugins] [arguments of pytest ...]
+#   bash scripts/test.sh [--slow] [--plugins] [--docs] [arguments of pytest ...]
 #
 # --slow     runs the slow tests too
 # --plugins  installs the devices of PennyLane's partners (the extra `plugins`), and runs the tests on them and nothing
+#            else
+# --docs     builds the documentation (docs.sh), with every example in it, and runs the tests of the pages and nothing
 #            else
 # Two processes run the tests side by side; `-n 0` runs them in one.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-arguments=() extras=test,hf
+arguments=() extras=test,hf docs=0
 for argument in "$@"; do
     case "$argument" in
     --slow) arguments+=(-m "not plugins") ;;
     --plugins) arguments+=(-m plugins) extras=test,hf,plugins ;;
+    --docs) docs=1 extras=test,hf,docs ;;
     *) arguments+=("$argument") ;;
     esac
 done
@@ -24,6 +27,15 @@ use_environment "$extras"
 cd -- "$qattn_root"
 # The processes share the cores between them, one thread each.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
+
+if ((docs)); then
+    built=0
+    bash scripts/docs.sh || built=$?
+    # the slow tests of the pages too: they run the commands of the page to begin with
+    QATTN_SITE=docs/_build/html python -m pytest -n 2 -m "not plugins" ${arguments[@]+"${arguments[@]}"} \
+        tests/test_docs*.py
+    exit "$built"
+fi
 
 lint=0
 ruff check . || lint=1

@@ -4,6 +4,7 @@ import ast
 import configparser
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -153,7 +154,7 @@ def test_the_citation_names_both_papers():
 
 @pytest.mark.parametrize(
     "section, key",
-    [("options", "install_requires"), ("options.extras_require", "test"), ("options.extras_require", "hf")],
+    [("options", "install_requires"), *(("options.extras_require", extra) for extra in ("test", "hf", "docs"))],
 )
 def test_every_requirement_is_pinned_within_its_range(section, key):
     pinned = pins()
@@ -170,7 +171,8 @@ def test_every_requirement_is_pinned_within_its_range(section, key):
 def test_what_the_pinned_packages_need_is_pinned_too():
     """Follows the metadata of what is installed, so a package added to setup.cfg cannot come in unpinned."""
     pinned = pins()
-    extras = [requirements("options.extras_require", extra) for extra in ("test", "hf")]
+    names = ["test", "hf"] + (["docs"] if importlib.util.find_spec("sphinx") else [])
+    extras = [requirements("options.extras_require", extra) for extra in names]
     waiting = [(r, "setup.cfg") for r in sum(extras, requirements("options", "install_requires"))]
     seen = set()
     while waiting:
@@ -294,7 +296,10 @@ def test_the_top_level_stays_as_it_is():
 # -- the scripts ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [".ci/run", "scripts/environment.sh", "scripts/quickstart.sh", "scripts/test.sh"])
+SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("docs", "environment", "quickstart", "test"))]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_executable_and_parse(name):
     assert os.access(ROOT / name, os.X_OK)
     subprocess.run(["bash", "-n", ROOT / name], check=True)
