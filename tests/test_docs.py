@@ -1,12 +1,15 @@
 """The pages: their Python runs and prints what they say, their commands and options exist, their YAML is understood."""
 
 import doctest
+import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import yaml
@@ -16,8 +19,14 @@ from pennylane_qattn import ANSATZE, ATTENTION, Execution
 from pennylane_qattn.registry import Registry
 
 ROOT = Path(__file__).resolve().parent.parent
+#: What Sphinx writes is no page of ours.
+MADE = (ROOT / "docs" / "_build", ROOT / "docs" / "gallery")
 #: The README's Python is run by test_packaging.
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]
+    if not any(path.is_relative_to(folder) for folder in MADE)
+)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 #: What `qattn` reads out of a page's YAML.
 INNER = {"attention": ATTENTION, "ansatz": ANSATZE}
@@ -51,17 +60,23 @@ def run(code: str, line: int, names: dict, page: str) -> None:
 
 @pytest.fixture
 def module():
-    """A module for a page's names, so that what it defines can be pickled; registries are left as they were."""
+    """A module for a page's names, so that what it defines can be pickled; registries are left as they were.
+
+    Shapes are not checked against signatures meanwhile: a reader meets the package's own messages.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
     kept = {kind: dict(registry) for kind, registry in Registry.all.items()}
     name = "a_page_of_the_docs"
     sys.modules[name] = types.ModuleType(name)
     yield sys.modules[name]
+    jaxtyping.config.update("jaxtyping_disable", False)
     del sys.modules[name]
     for kind, entries in kept.items():
         Registry.all[kind].clear()
         Registry.all[kind].update(entries)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own code
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_runs_and_prints_what_the_page_says(page, module):
     torch.manual_seed(0)
@@ -109,6 +124,21 @@ def test_commands_and_their_options_exist(page, known_options, capsys):
         assert command in cli.COMMANDS, line
         for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
             assert option in known_options(command, capsys), f"{page}: qattn {command} has no {option}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_to_begin_with_run(tmp_path):
+    """Those of docs/start.md, in their order, in an empty folder."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    lines = commands("docs/start.md")
+    assert len(lines) >= 5
+    for line in lines:
+        command = [sys.executable, "-m", "lightning_modules", *shlex.split(line)[1:]]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, f"{line}\n{run.stderr}"
+    assert (tmp_path / "runs" / "first").is_dir()
 
 
 @pytest.mark.parametrize("page", PAGES)
