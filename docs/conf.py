@@ -6,6 +6,9 @@ import sys
 import typing
 from pathlib import Path
 
+from docutils import nodes
+from sphinx import addnodes
+
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS / "_extensions")]
 
@@ -59,7 +62,7 @@ def add_title(app, page: str, source: list[str]) -> None:
 
 # --- the API reference ------------------------------------------------------------------------------------------
 
-autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource", "no-value": True}
+autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
@@ -80,6 +83,9 @@ nitpick_ignore_regex = [
     ("py:.*", r".*\._\w+"),  # private bases
 ]
 
+#: Characters of a constant's value that the reference shows.
+LONGEST_VALUE = 80
+
 
 def choose_member(app, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
     """Shows methods without a docstring whose signature says what they return; hides attributes that name a class."""
@@ -94,7 +100,21 @@ def keep_colons(app, what: str, name: str, member: object, options: object, line
         lines.insert(0, "\\")  # is dropped on the page
 
 
+def parse_defaults(app, what: str, name: str, member: object, options: object, signature: str, returned: str):
+    """A dataclass's signature shows `<factory>` for a default that is made, which Sphinx cannot parse."""
+    return (signature.replace("<factory>", "..."), returned) if signature else None
+
+
+def drop_long_values(app, domain: str, kind: str, content: nodes.Element) -> None:
+    """A constant is shown with its value; a table that fills a paragraph is not."""
+    for part in list(content.parent.findall(addnodes.desc_annotation)):
+        if part.astext().startswith(" = ") and len(part.astext()) > LONGEST_VALUE:
+            part.parent.remove(part)
+
+
 def setup(app) -> None:
+    app.connect("object-description-transform", drop_long_values)
+    app.connect("autodoc-process-signature", parse_defaults)
     app.connect("source-read", add_title)
     app.connect("autodoc-skip-member", choose_member)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon

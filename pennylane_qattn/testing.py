@@ -10,18 +10,17 @@ Random numbers come from the `seed` that is given, never from torch's global gen
 How large an error may be. The unit is the largest entry of what is compared, or 1 if that is larger; gradients by
 inputs have a unit for each input. Where a device computes in single precision, float32 holds for it.
 
-==========================================  ==========================  ==========================
-compared                                    float64                     float32
-==========================================  ==========================  ==========================
-values, any method                          1e-9                        1e-5
-exact gradients                             1e-9                        1e-5
-finite-diff with step h and order p         1e-9 + h^p + 1e-14/h        1e-5 + h^p + 1e-6/h
-spsa with step h                            5 standard errors           5 standard errors
-\                                           + 1e-9 + h^2 + 1e-14/h      + 1e-5 + h^2 + 1e-6/h
-fold and plain PennyLane                    1e-9                        not compared
-outputs of an attention                     1e-9                        1e-5
-the future in an attention (by `certify`)   1e-12                       1e-12
-==========================================  ==========================  ==========================
+===================================  ========================================  =======================================
+compared                             float64                                   float32
+===================================  ========================================  =======================================
+values, any method                   1e-9                                      1e-5
+exact gradients                      1e-9                                      1e-5
+finite-diff with step h and order p  1e-9 + h^p + 1e-14/h                      1e-5 + h^p + 1e-6/h
+spsa with step h                     5 standard errors + 1e-9 + h^2 + 1e-14/h  5 standard errors + 1e-5 + h^2 + 1e-6/h
+fold and plain PennyLane             1e-9                                      not compared
+outputs of an attention              1e-9                                      1e-5
+the future, found by `certify`       1e-12                                     1e-12
+===================================  ========================================  =======================================
 
 Exact gradients are those by backprop, adjoint, parameter-shift and hadamard, and all by inputs encoded as amplitudes.
 The future is looked for in float64, with circuits folded. The 1/h is the precision of the device, not of the tensors. A

@@ -54,7 +54,7 @@ class Logits(torch.nn.Module):
 
 
 # %%
-# Both see the same batches.
+# Both see the same batches. The dashed line is the entropy of the source, which no model can go below on average.
 
 figure, axes = plt.subplots()
 for name, model in {"GPT-2": Logits(GPT2LMHeadModel(config)), "GPT-2 with QISA": Logits(quantum)}.items():
@@ -67,9 +67,6 @@ for name, model in {"GPT-2": Logits(GPT2LMHeadModel(config)), "GPT-2 with QISA":
         optimizer.step()
     axes.plot(torch.stack(losses).detach(), label=name)
     print(f"{name}: {certify(model, vocab_size=5, length=8).verdict}")
-
-# %%
-# The dashed line is the entropy of the source, which no model can go below on average.
 
 axes.axhline(data.source.entropy_rate, color="black", linestyle="--", label="entropy rate of the text")
 axes.set(xlabel="step", ylabel="cross-entropy, nats per symbol", title="GPT-2 of Hugging Face, attention replaced")
