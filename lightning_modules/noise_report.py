@@ -2,8 +2,8 @@ r"""What the evaluations of a sweep over shots and noise say: means with error b
 
 Cross-entropy is not linear in the expectation values that a model measures. With N shots an expectation value has the
 variance :math:`(1-\langle P\rangle^2)/N` about the exact one, so by Taylor expansion the mean of a smooth function of
-it is off by :math:`\tfrac12 f''(\langle P\rangle)\,(1-\langle P\rangle^2)/N + O(N^{-2})`: a bias that vanishes as 1/N,
-while the standard deviation falls as :math:`1/\sqrt N` only.
+it is off by :math:`\tfrac{1}{2} f''(\langle P\rangle)\,(1-\langle P\rangle^2)/N + O(N^{-2})`: a bias that vanishes as
+1/N, while the standard deviation falls as :math:`1/\sqrt N` only.
 """
 
 import math

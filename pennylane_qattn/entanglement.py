@@ -2,8 +2,8 @@ r"""Entanglement of the states that attention circuits work on: Meyer and Wallac
 
 .. math::
 
-    Q(\psi) = 2\Bigl(1 - \frac1n \sum_{k=1}^n \operatorname{tr} \rho_k^2\Bigr)
-            = \frac4n \sum_{k=1}^n \det \rho_k,
+    Q(\psi) = 2\Bigl(1 - \frac{1}{n} \sum_{k=1}^n \operatorname{tr} \rho_k^2\Bigr)
+            = \frac{4}{n} \sum_{k=1}^n \det \rho_k,
 
 with :math:`\rho_k` the reduced density matrix of wire :math:`k` (Meyer and Wallach, arXiv quant-ph/0108104; the first
 form is Brennen's, quant-ph/0305094). It is 0 for product states alone and 1 where every wire by itself is fully mixed,

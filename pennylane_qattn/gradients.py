@@ -10,7 +10,7 @@ values alone by polarisation, for each basis vector :math:`e`
 .. math::
 
     2\,\mathrm{Re}\langle\psi|O|e\rangle
-        = \tfrac12\left(\lVert\psi+e\rVert^2 f(\psi+e) - \lVert\psi-e\rVert^2 f(\psi-e)\right)
+        = \tfrac{1}{2}\left(\lVert\psi+e\rVert^2 f(\psi+e) - \lVert\psi-e\rVert^2 f(\psi-e)\right)
 
 with :math:`f` of the normalised vector: exact and finite everywhere, with shots and with noise.
 """

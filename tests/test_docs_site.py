@@ -64,8 +64,9 @@ def test_formulas_become_mathml(monkeypatch):
     assert "<mfrac>" in mathml.mathml(nodes.math("", r"\frac{1}{2}"), is_block=False)
     assert "<mtable" in mathml.mathml(nodes.math_block("", r"a &= 1 \\ b &= 2"), is_block=True)
     assert not said
-    mathml.mathml(nodes.math("", r"\nosuchcommand"), is_block=False)
-    assert len(said) == 1
+    for wrong in (r"\nosuchcommand", r"\frac12", "x^10"):
+        mathml.mathml(nodes.math("", wrong), is_block=False)
+    assert len(said) == 3
 
 
 # --- what came of it --------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 Docutils translates them. A formula that it cannot translate is a warning, which fails the build.
 """
 
+import re
+
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -12,6 +14,9 @@ from sphinx.writers.html5 import HTML5Translator
 
 logger = logging.getLogger(__name__)
 
+#: Where TeX takes one digit, Docutils takes the whole number: such arguments need braces.
+UNBRACED = re.compile(r"\\(?:[dt]?frac|sqrt)\s*\d|[\^_]\s*\d\d")
+
 
 def mathml(node: nodes.Element, is_block: bool) -> str:
     """The formula of a node; its source, and a warning, where it cannot be translated."""
@@ -19,6 +24,8 @@ def mathml(node: nodes.Element, is_block: bool) -> str:
     if is_block and ("\\\\" in tex or "&" in tex) and "\\begin" not in tex:
         tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     try:
+        if found := UNBRACED.search(tex):
+            raise MathError(f"put braces round the argument in {found[0]}")
         return tex2mathml(tex, as_block=is_block)
     except MathError as error:
         logger.warning("formula cannot be translated: %s: %s", error, tex, location=node, type="mathml")

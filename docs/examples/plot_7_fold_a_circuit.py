@@ -32,6 +32,8 @@ def ladder(weights, wires):
 circuit = Circuit(8, ("ZII", "IZZ", "XXX"), ansatz=FunctionAnsatz(ladder, (2, "wires")))
 weights = torch.rand(circuit.weight_shape, dtype=torch.float64) * 6.28
 x = torch.randn(5, 8, dtype=torch.float64)
+figure = circuit.draw()
+figure.set_size_inches(7, 3)
 
 # %%
 # Folded by hand: with the matrix A of all measurement settings and the signs S of the words, the features of a
@@ -49,8 +51,6 @@ folded = make_executor([circuit], "folded").expectations(x[None], weights[None])
 qnode = torch.stack(circuit.qnode()(x, weights), dim=-1)
 print("by hand", (by_hand - qnode).abs().max().item(), "executor", (folded - qnode).abs().max().item())
 
-figure = circuit.draw()
-figure.set_size_inches(6, 2.6)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(2, 1))
 left.imshow(matrix.T.numpy(), cmap="RdBu", vmin=-1, vmax=1)
 left.set(title="A, transposed", xlabel="outcome of a setting: real parts, imaginary parts", ylabel="amplitude")

@@ -34,7 +34,7 @@ def expected_calls(
     r"""The mean number of calls, verifications included, until BBHT finds one marked key, if it never gives up.
 
     Exact: with :math:`c` values to draw the iterations from, a sample succeeds with probability
-    :math:`\tfrac12 - \sin(4c\theta)/(4c\sin 2\theta)` (Boyer and others, lemma 2) and costs :math:`(c + 1)/2`.
+    :math:`\tfrac{1}{2} - \sin(4c\theta)/(4c\sin 2\theta)` (Boyer and others, lemma 2) and costs :math:`(c + 1)/2`.
     Infinite where nothing is marked.
     """
     return _one_key(num_keys, num_marked, schedule or Schedule(), math.inf)[0]
