@@ -63,6 +63,7 @@ def test_formulas_become_mathml(monkeypatch):
     monkeypatch.setattr(mathml.logger, "warning", lambda *args, **_: said.append(args))
     assert "<mfrac>" in mathml.mathml(nodes.math("", r"\frac{1}{2}"), is_block=False)
     assert "<mtable" in mathml.mathml(nodes.math_block("", r"a &= 1 \\ b &= 2"), is_block=True)
+    assert mathml.mathml(nodes.math("", r"\lVert q\rVert"), is_block=False).count('stretchy="false"') == 2
     assert not said
     for wrong in (r"\nosuchcommand", r"\frac12", "x^10"):
         mathml.mathml(nodes.math("", wrong), is_block=False)

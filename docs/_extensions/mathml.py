@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 #: Where TeX takes one digit, Docutils takes the whole number: such arguments need braces.
 UNBRACED = re.compile(r"\\(?:[dt]?frac|sqrt)\s*\d|[\^_]\s*\d\d")
+#: Fences that Docutils lets grow, each to the height of its own surroundings.
+FENCES = re.compile(r'<mo( class="\w+")?>([⟨⟩‖⌈⌉])</mo>')
 
 
 def mathml(node: nodes.Element, is_block: bool) -> str:
@@ -26,7 +28,7 @@ def mathml(node: nodes.Element, is_block: bool) -> str:
     try:
         if found := UNBRACED.search(tex):
             raise MathError(f"put braces round the argument in {found[0]}")
-        return tex2mathml(tex, as_block=is_block)
+        return FENCES.sub(r'<mo\1 stretchy="false">\2</mo>', tex2mathml(tex, as_block=is_block))
     except MathError as error:
         logger.warning("formula cannot be translated: %s: %s", error, tex, location=node, type="mathml")
         return f"<code>{nodes.unescape(tex)}</code>"

@@ -5,7 +5,7 @@ A search gives row :math:`i`, which may see the :math:`n_i` keys :math:`N_i`, it
 
 .. math::
 
-    B_{ij} = e^{x_{ij}} \ (j \in S_i), \qquad B_{ij} = 1 \ (j \in N_i \setminus S_i), \qquad
+    B_{ij} = e^{x_{ij}} \ (j \in S_i), \qquad B_{ij} = 1 \ (j \in N_i,\ j \notin S_i), \qquad
     B_1 = e^x - 1 \ \text{on}\ S_i, \quad B_2 = 1 \ \text{on}\ N_i.
 
 :math:`B_1` is sparse. :math:`B_2` is of rank one when all keys are seen; causally it is a triangle of ones, which has
