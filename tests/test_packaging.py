@@ -81,7 +81,7 @@ def project_files() -> list[Path]:
         if listed.returncode == 0:
             return [path for name in listed.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
     made = re.compile(
-        r"(^|/)(\.git|\.venv|runs|build|dist|htmlcov|__pycache__|\.\w+_cache|\.hypothesis|[^/]+\.egg-info)/"
+        r"(^|/)(\.git|\.venv|runs|build|dist|docs/_build|docs/gallery|htmlcov|__pycache__|\.\w+_cache|\.hypothesis|[^/]+\.egg-info)/"
     )
     paths = [path for path in ROOT.rglob("*") if path.is_file()]
     return [path for path in paths if not made.search(path.relative_to(ROOT).as_posix())]
