@@ -99,7 +99,13 @@ class Mechanism(Description, ABC):
             out_bias=self.out_bias,
             dropout=self.dropout,
             name=type(self).__name__,
+            span=self.value_span,
         )
+
+    @property
+    def value_span(self) -> int:
+        """Tokens that a value reads."""
+        return 1
 
 
 @ATTENTION.register
@@ -160,6 +166,7 @@ class FreeValues(CircuitMechanism, ABC):
     Args:
         values: one of `VALUES`; by default the mechanism's own.
         bias: bias of the linear maps.
+        span: tokens that a value reads, its own and those just before it, joined on one register (`neighbours.py`).
     """
 
     #: Queries and keys come from circuits, whatever the values are.
@@ -167,9 +174,12 @@ class FreeValues(CircuitMechanism, ABC):
 
     values: str = "linear"
     bias: bool = False
+    span: int = 1
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.span, Integral) or self.span < 1:
+            raise ValueError(f"span must be an integer of at least 1, the token itself; got {self.span!r}")
         if self.values not in VALUES:
             raise ValueError(f"values must be one of {', '.join(VALUES)}; got {self.values!r}")
         if not (self.trainable or self.circuit_queries or VALUES[self.values].has_circuit):
@@ -183,8 +193,12 @@ class FreeValues(CircuitMechanism, ABC):
         return tuple(LinearFeatureMap(embed_dim, num_heads, features, self.bias) for _ in range(2))
 
     def value_map(self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple) -> FeatureMap:
-        """The chosen value map."""
-        return VALUES[self.values].build(self, embed_dim, num_heads, head_dim, seed=(*seed, 2))
+        """The chosen value map, on `span` tokens joined."""
+        return VALUES[self.values].build(self, embed_dim * self.span, num_heads, head_dim, seed=(*seed, 2))
+
+    @property
+    def value_span(self) -> int:
+        return self.span
 
 
 @dataclass(frozen=True)
