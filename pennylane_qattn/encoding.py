@@ -172,6 +172,15 @@ class _Normalise(torch.autograd.Function):
 def _normalise_rows(x, unit, inverse, first, last):
     """`_unit_and_scale`, row by row."""
     for row in range(first, last):
+        total = x.dtype.type(0)
+        for i in range(x.shape[1]):
+            total += x[row, i] * x[row, i]
+        if 1e-30 < total < 1e30:
+            factor = x.dtype.type(1) / np.sqrt(total)
+            for i in range(x.shape[1]):
+                unit[row, i] = x[row, i] * factor
+            inverse[row, 0] = factor
+            continue
         scale, is_zero = x.dtype.type(0), True
         for i in range(x.shape[1]):
             is_zero = is_zero and x[row, i] == 0
@@ -185,7 +194,7 @@ def _normalise_rows(x, unit, inverse, first, last):
         for i in range(x.shape[1]):
             unit[row, i] = x[row, i] / scale
             total += unit[row, i] * unit[row, i]
-        factor = 1 / np.sqrt(total)
+        factor = x.dtype.type(1) / np.sqrt(total)
         for i in range(x.shape[1]):
             unit[row, i] *= factor
         inverse[row, 0] = factor / scale

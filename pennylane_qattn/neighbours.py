@@ -54,6 +54,9 @@ def join_neighbours(
         recent: what came before, as an earlier call returned it.
         past: how many tokens came before; the first of `x` has this number in the order of memory.
 
+    Raises:
+        ValueError: for a token that lies before one of an earlier call.
+
     Returns:
         the joint vectors, and what later tokens are to be joined with.
     """
@@ -68,6 +71,7 @@ def join_neighbours(
     times = torch.cat((recent.times, positions if padding is None else positions.masked_fill(padding, -1)), dim=1)
     if in_order and padding is None:
         return _side_by_side(inputs, span), Recent(inputs[:, seq:], times[:, seq:])
+    _check_order(recent.times, times[:, held:])
     order = times.argsort(dim=1, stable=True)  # what is no token comes first
     times = times.gather(1, order)
     inputs = inputs.gather(1, order[..., None].expand(-1, -1, embed)).masked_fill(times[..., None] < 0, 0.0)
@@ -75,6 +79,19 @@ def join_neighbours(
     back = order.argsort(dim=1)[:, held:]
     joint = joint.gather(1, back[..., None].expand(-1, -1, joint.shape[-1]))
     return joint, Recent(inputs[:, seq:], times[:, seq:], in_order)
+
+
+def _check_order(before: Tensor, times: Tensor) -> None:
+    if before.shape[1] == 0 or times.shape[1] == 0:
+        return
+    latest = before.amax(1, keepdim=True)
+    early = (times >= 0) & (times < latest)
+    if early.any():
+        row, token = early.nonzero()[0].tolist()
+        raise ValueError(
+            "tokens whose values are joined with their neighbours must come in the order of time; got position "
+            f"{times[row, token]} after {latest[row, 0]}: give them in one call, or in order"
+        )
 
 
 def _side_by_side(inputs: Tensor, span: int) -> Tensor:

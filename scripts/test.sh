@@ -11,11 +11,11 @@ set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-arguments=() extras=test,hf
+arguments=() extras=test,hf,fast
 for argument in "$@"; do
     case "$argument" in
     --slow) arguments+=(-m "not plugins") ;;
-    --plugins) arguments+=(-m plugins) extras=test,hf,plugins ;;
+    --plugins) arguments+=(-m plugins) extras=test,hf,fast,plugins ;;
     *) arguments+=("$argument") ;;
     esac
 done
