@@ -44,9 +44,10 @@ class Terms:
     def of(cls, sums: Sequence[Sequence[tuple[int, int, float]]], dtype: np.dtype) -> "Terms":
         """The sums of `(left, right, coefficient)`, filled up with terms of coefficient 0."""
         filled = [[*terms, *[(0, 0, 0.0)] * (-len(terms) % _AT_ONCE)] for terms in sums]
-        left, right, coefficient = zip(*(term for terms in filled for term in terms), strict=True)
+        terms = np.array([term for terms in filled for term in terms], dtype=np.float64).reshape(-1, 3)
         starts = np.cumsum([0, *map(len, filled)])
-        return cls(*(np.array(a, dtype=np.int64) for a in (starts, left, right)), np.array(coefficient, dtype=dtype))
+        left, right = (np.ascontiguousarray(column, dtype=np.int64) for column in terms.T[:2])
+        return cls(starts.astype(np.int64), left, right, np.ascontiguousarray(terms[:, 2], dtype=dtype))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,15 @@ def test_derivatives(is_complex, rng):
     assert torch.autograd.gradgradcheck(lambda v: measured(v, frozen), (a,))
 
 
+def test_words_that_vanish_on_real_states(rng):
+    """An odd number of Y: no term at all."""
+    a, rows = torch.randn(1, 5, 4, generator=rng), torch.randn(1, 4, 4, generator=rng).requires_grad_()
+    values = WordMeasurement([("YI", "XY", "YI")], is_complex=False)(a, rows)
+    assert torch.equal(values, torch.zeros(1, 5, 3))
+    values.sum().backward()
+    assert (rows.grad == 0).all()
+
+
 def test_no_tokens(rng):
     words, _, matrix = problem(2, True, torch.float64, rng)
     a = torch.zeros(1, 0, 3, dtype=torch.float64, requires_grad=True)
