@@ -84,9 +84,24 @@ def _frozen(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
 
 
 def _random(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
-    """Values that are random quadratic forms instead of Pauli words, as many and as large."""
-    counterpart = {"circuit": "random-quadratic", "quadratic": "random-absorbed"}.get(_values(mechanism))
+    """Values that are random quadratic forms instead of Pauli words or learned observables, as many and as large."""
+    counterparts = {
+        "circuit": "random-quadratic",
+        "quadratic": "random-absorbed",
+        "learned-quadratic": "random-quadratic",
+    }
+    counterpart = counterparts.get(_values(mechanism))
     return counterpart and dataclasses.replace(mechanism, values=counterpart)
+
+
+def _rectified(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
+    """Values of one hidden layer with a rectifier instead of learned observables, as many and as large."""
+    return dataclasses.replace(mechanism, values="rectified") if _values(mechanism) == "learned-quadratic" else None
+
+
+def _single(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
+    """Values that read their own token alone."""
+    return dataclasses.replace(mechanism, span=1) if mechanism.value_span > 1 else None
 
 
 def _linear(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
@@ -106,8 +121,16 @@ ABLATIONS: dict[str, Callable[[Mechanism, nn.Module], Mechanism | None]] = {
     "frozen": _frozen,
     "random": _random,
     "linear": _linear,
+    "rectified": _rectified,
+    "single": _single,
 }
-_TITLES = {"frozen": "circuit frozen", "random": "random quadratic values", "linear": "linear values"}
+_TITLES = {
+    "frozen": "circuit frozen",
+    "random": "random quadratic values",
+    "linear": "linear values",
+    "rectified": "rectified values",
+    "single": "values of one token",
+}
 
 
 def ablations_of(variant: Variant, config: GPTConfig, names: list[str]) -> list[Variant]:

@@ -58,6 +58,7 @@ from pennylane_qattn.value_maps import (
     MixedFeatureMap,
     RandomAbsorbedFeatureMap,
     RandomQuadraticFeatureMap,
+    RectifiedFeatureMap,
 )
 
 __all__ = [
@@ -107,6 +108,7 @@ __all__ = [
     "QuadraticFeatureMap",
     "RandomAbsorbedFeatureMap",
     "RandomQuadraticFeatureMap",
+    "RectifiedFeatureMap",
     "ReuploadedFeatureMap",
     "ScaledDot",
     "ScaledDotScore",

@@ -37,6 +37,7 @@ from pennylane_qattn.value_maps import (
     MixedFeatureMap,
     RandomAbsorbedFeatureMap,
     RandomQuadraticFeatureMap,
+    RectifiedFeatureMap,
 )
 
 #: Attention mechanisms by name.
@@ -167,6 +168,7 @@ class FreeValues(CircuitMechanism, ABC):
         values: one of `VALUES`; by default the mechanism's own.
         bias: bias of the linear maps.
         span: tokens that a value reads, its own and those just before it, joined on one register (`neighbours.py`).
+        rank: of the bases of `learned-quadratic` and `rectified` values; `None`: as many vectors as inputs.
     """
 
     #: Queries and keys come from circuits, whatever the values are.
@@ -175,6 +177,7 @@ class FreeValues(CircuitMechanism, ABC):
     values: str = "linear"
     bias: bool = False
     span: int = 1
+    rank: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,6 +185,8 @@ class FreeValues(CircuitMechanism, ABC):
             raise ValueError(f"span must be an integer of at least 1, the token itself; got {self.span!r}")
         if self.values not in VALUES:
             raise ValueError(f"values must be one of {', '.join(VALUES)}; got {self.values!r}")
+        if self.rank is not None and self.values not in RANKED:
+            raise ValueError(f"rank={self.rank} is for values {' and '.join(RANKED)}; got values {self.values!r}")
         if not (self.trainable or self.circuit_queries or VALUES[self.values].has_circuit):
             raise ValueError(
                 f"trainable=False freezes the angles of circuits, and {self.name} with values {self.values!r} has "
@@ -209,14 +214,18 @@ class Values:
     has_circuit: bool = False
 
 
-#: Value maps by name. With the published ansatz on n qubits, and biases apart, a head's values have these parameters:
+#: Value maps that have a rank.
+RANKED = ("learned-quadratic", "rectified")
+#: Value maps by name. With the published ansatz on n qubits, and biases apart, a head's values have these parameters,
+#: d being the width of what they read, `span` tokens:
 #:
 #: - `linear`: `dh`;
 #: - `circuit`, as `qisa`: `3n`;
 #: - `quadratic`, as `qisa-absorbed`: `d^2`;
 #: - `random-quadratic`, `circuit` with random forms in place of its observables: none;
 #: - `random-absorbed`, `quadratic` with random forms in place of its Pauli words: `d^2`;
-#: - `learned-quadratic`, observables with one learned basis in common: `d^2 + dh`;
+#: - `learned-quadratic`, observables with one learned basis in common: `d^2 + dh`, or `r(d + h)` of rank r;
+#: - `rectified`, `learned-quadratic` with its square replaced by a rectifier: `d^2 + dh`, or `r(d + h)` of rank r;
 #: - `learned-circuit`, any observables that are diagonal after the circuit: `3n + (2^n - 1)h`;
 #: - `reuploaded-circuit`, `circuit` with its input encoded a second time, as phases: `6n + 1`;
 #: - `mixed-circuit`, `linear` and `circuit` added, each with a learned weight: `dh + 3n + 2`;
@@ -227,7 +236,8 @@ VALUES: dict[str, Values] = {
     "quadratic": Values(lambda m, *sizes, seed: QuadraticFeatureMap(*sizes, m.split, seed=seed)),
     "random-quadratic": Values(lambda m, *sizes, seed: RandomQuadraticFeatureMap(*sizes, m.split, seed=seed)),
     "random-absorbed": Values(lambda m, *sizes, seed: RandomAbsorbedFeatureMap(*sizes, m.split, seed=seed)),
-    "learned-quadratic": Values(lambda m, *sizes, seed: LearnedQuadraticFeatureMap(*sizes, m.split)),
+    "learned-quadratic": Values(lambda m, *sizes, seed: LearnedQuadraticFeatureMap(*sizes, m.split, m.rank)),
+    "rectified": Values(lambda m, *sizes, seed: RectifiedFeatureMap(*sizes, m.split, m.rank)),
     "learned-circuit": Values(
         lambda m, *sizes, seed: m.circuit(*sizes, seed, LearnedCircuitFeatureMap), has_circuit=True
     ),

@@ -115,6 +115,17 @@ def test_ablations_leave_one_thing_out():
     assert ablated(QISA(), "linear") == {"m-linear": QISA(values="linear")}
 
 
+def test_ablations_of_joint_tokens():
+    pairs = ScaledDot(values="learned-quadratic", span=2, temperature="learned")
+    assert ablated(pairs, "frozen", "random", "linear", "rectified", "single") == {
+        "m-random": dataclasses.replace(pairs, values="random-quadratic"),
+        "m-linear": dataclasses.replace(pairs, values="linear"),
+        "m-rectified": dataclasses.replace(pairs, values="rectified"),
+        "m-single": dataclasses.replace(pairs, span=1),
+    }
+    assert ablated(QISA(), "rectified", "single") == {}
+
+
 def test_an_ablation_says_of_what():
     (variant,) = variants(q=QISA())
     frozen = ablations_of(variant, CONFIG, ["frozen"])[0]

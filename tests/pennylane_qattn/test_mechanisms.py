@@ -459,6 +459,7 @@ def test_parameters_of_a_head(name, count, heads):
         ("random-quadratic", 0),
         ("random-absorbed", 16 * 16),
         ("learned-quadratic", 16 * 16 + 16 * 11),
+        ("rectified", 16 * 16 + 16 * 11),
         ("learned-circuit", 3 * 4 + 15 * 11),
         ("reuploaded-circuit", 6 * 4 + 1),
         ("mixed-circuit", 16 * 11 + 3 * 4 + 2),
