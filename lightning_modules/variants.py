@@ -19,6 +19,7 @@ from torch import nn
 from lightning_modules.gpt import GPT, GPTConfig
 from pennylane_qattn import Classical, LinearFeatureMap, Mechanism
 from pennylane_qattn.features import circuit_within
+from pennylane_qattn.mechanisms import RANKED
 from pennylane_qattn.registry import Description
 
 #: By how much the number of parameters of a twin may differ.
@@ -91,12 +92,12 @@ def _random(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
         "learned-quadratic": "random-quadratic",
     }
     counterpart = counterparts.get(_values(mechanism))
-    return counterpart and dataclasses.replace(mechanism, values=counterpart)
+    return counterpart and _with_values(mechanism, counterpart)
 
 
 def _rectified(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
     """Values of one hidden layer with a rectifier instead of learned observables, as many and as large."""
-    return dataclasses.replace(mechanism, values="rectified") if _values(mechanism) == "learned-quadratic" else None
+    return _with_values(mechanism, "rectified") if _values(mechanism) == "learned-quadratic" else None
 
 
 def _single(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
@@ -108,7 +109,12 @@ def _linear(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
     """Linear values, as many."""
     if _values(mechanism) is None or isinstance(attention.value_map, LinearFeatureMap):
         return None
-    return dataclasses.replace(mechanism, values="linear")
+    return _with_values(mechanism, "linear")
+
+
+def _with_values(mechanism: Mechanism, values: str) -> Mechanism:
+    rank = mechanism.rank if values in RANKED else None
+    return dataclasses.replace(mechanism, values=values, rank=rank)
 
 
 def _values(mechanism: Mechanism) -> str | None:

@@ -15,7 +15,7 @@ from lightning_modules.variants import (
     twins_of,
     without_equals,
 )
-from pennylane_qattn import ATTENTION, QISA, Classical, Gaussian, Overlap, QISAAbsorbed
+from pennylane_qattn import ATTENTION, QISA, Classical, Gaussian, Overlap, QISAAbsorbed, ScaledDot
 
 CONFIG = preset("qisa-16", vocab_size=65)
 
@@ -116,10 +116,10 @@ def test_ablations_leave_one_thing_out():
 
 
 def test_ablations_of_joint_tokens():
-    pairs = ScaledDot(values="learned-quadratic", span=2, temperature="learned")
+    pairs = ScaledDot(values="learned-quadratic", span=2, rank=3, temperature="learned")
     assert ablated(pairs, "frozen", "random", "linear", "rectified", "single") == {
-        "m-random": dataclasses.replace(pairs, values="random-quadratic"),
-        "m-linear": dataclasses.replace(pairs, values="linear"),
+        "m-random": dataclasses.replace(pairs, values="random-quadratic", rank=None),
+        "m-linear": dataclasses.replace(pairs, values="linear", rank=None),
         "m-rectified": dataclasses.replace(pairs, values="rectified"),
         "m-single": dataclasses.replace(pairs, span=1),
     }

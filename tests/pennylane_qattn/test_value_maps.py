@@ -187,6 +187,22 @@ def test_rectified_is_its_formula(split, x):
     )
 
 
+@pytest.mark.parametrize("kind", [LearnedQuadraticFeatureMap, RectifiedFeatureMap])
+def test_rank_is_the_number_of_basis_vectors(kind, x):
+    torch.manual_seed(0)
+    feature_map = kind(EMBED, HEADS, FEATURES, rank=4).double()
+    shapes = {name: tuple(parameter.shape) for name, parameter in feature_map.named_parameters()}
+    assert shapes == {"weight": (HEADS, 4, EMBED), "readout_weight": (HEADS, 4, FEATURES)}
+    for basis in feature_map.weight:
+        torch.testing.assert_close(basis @ basis.T, torch.eye(4).double(), rtol=1e-5, atol=1e-5)
+    assert feature_map(x).shape == (BATCH, HEADS, SEQ, FEATURES)
+    for rank in (0, EMBED + 1):
+        with pytest.raises(ValueError, match=f"rank must lie between 1 and the 15 inputs of a head; got {rank}"):
+            kind(EMBED, HEADS, FEATURES, rank=rank)
+    with pytest.raises(ValueError, match="rank=3 is for values learned-quadratic and rectified; got values 'linear'"):
+        build_attention("gaussian", EMBED, HEADS, 7, rank=3)
+
+
 def test_learned_quadratic_can_be_any_form(x):
     form = draw_forms(1, EMBED, 8)[0]
     eigenvalues, basis = np.linalg.eigh(form)
