@@ -64,12 +64,17 @@ class Variant:
 
 
 def as_config(description: Description) -> dict[str, Any]:
-    """A description as the configs of `qattn fit` have it."""
+    """A description as the configs of `qattn fit` have it, without the options that are as by default.
+
+    So an option that is added to a mechanism later changes nothing about runs that do not use it.
+    """
     cls = type(description)
+    default = cls()
     values = {f.name: getattr(description, f.name) for f in dataclasses.fields(description) if f.init}
+    changed = {name: value for name, value in values.items() if value != getattr(default, name)}
     return {
         "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": {k: as_config(v) if isinstance(v, Description) else v for k, v in values.items()},
+        "init_args": {k: as_config(v) if isinstance(v, Description) else v for k, v in changed.items()},
     }
 
 
