@@ -4,7 +4,7 @@ A gain over classical attention says little as long as the models differ in size
 anything quadratic would do as well. So each mechanism can be compared with
 
 - its *twin*: classical attention whose heads are made wider or narrower until the whole model has as many parameters
-  (within `TOLERANCE`), and if no head size will do, a model of another width;
+  (within `TOLERANCE`), and if no head size will do, or where that is asked for, a model of another width;
 - its *ablations* (`ABLATIONS`): the same mechanism without the part that is said to help.
 """
 
@@ -26,6 +26,9 @@ from pennylane_qattn.registry import Description
 TOLERANCE = 0.02
 #: As it is, classical attention is the twin of whatever differs from it by no more than this.
 ALIKE = 0.01
+#: What is changed first to give a twin its number of parameters: the size of its heads, which leaves the rest of the
+#: model as it is, or its width, which makes better use of many more of them.
+MATCHING = ("head", "width")
 ROLES = ("mechanism", "twin", "ablation")
 
 
@@ -202,12 +205,13 @@ def _undrawn(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def matched_classical(config: GPTConfig, parameters: int) -> tuple[Classical, dict[str, int], float]:
+def matched_classical(config: GPTConfig, parameters: int, by: str = "head") -> tuple[Classical, dict[str, int], float]:
     """Classical attention in a GPT of about that many parameters.
 
     Args:
         config: the GPT of the mechanism to be matched.
         parameters: trainable parameters of that GPT.
+        by: one of `MATCHING`: what is changed first, the size of heads or the width of the model.
 
     Returns:
         The mechanism, options of `LanguageModel` in which its GPT differs from `config`, and by which part it has more
@@ -228,12 +232,16 @@ def matched_classical(config: GPTConfig, parameters: int) -> tuple[Classical, di
     if width % heads == 0 and abs(found := mismatch(width, None)) <= ALIKE:
         return Classical(), {}, found
     nearest = float("inf")
-    for candidate in sorted(range(heads, 2 * width + 1, heads), key=lambda d: abs(d - width)):
+    distance = {"head": lambda d: abs(d - width), "width": lambda d: abs(mismatch(d, None))}[by]
+    for candidate in sorted(range(heads, 2 * width + 1, heads), key=distance):
+        model = {} if candidate == width else {"embed_dim": candidate}
+        if by == "width" and abs(found := mismatch(candidate, None)) <= ALIKE:
+            return Classical(), model, found
         one, two = mismatch(candidate, 1), mismatch(candidate, 2)  # the number grows linearly with the size of a head
         head_dim = max(1, round(1 - one / (two - one)))
         found = mismatch(candidate, head_dim)
         if abs(found) <= TOLERANCE:
-            return Classical(head_dim=head_dim), {} if candidate == width else {"embed_dim": candidate}, found
+            return Classical(head_dim=head_dim), model, found
         nearest = min(nearest, found, key=abs)
     raise ValueError(
         f"no classical twin of {parameters:,} parameters within {TOLERANCE:.0%}: the nearest is {nearest:+.1%} off; "
@@ -241,27 +249,28 @@ def matched_classical(config: GPTConfig, parameters: int) -> tuple[Classical, di
     )
 
 
-def twins_of(variants: list[Variant], config: GPTConfig) -> list[Variant]:
-    """The variants, and the classical twins of the mechanisms that are not among them.
+def twins_of(variants: list[Variant], config: GPTConfig, by: str = "head") -> list[Variant]:
+    """The variants, and the classical twins of the mechanisms that are not among them, matched as `by` says.
 
     An ablation shares the twin of its mechanism where that has as many parameters as it has, too.
     """
     result = {variant.name: variant for variant in variants}
     for variant in (v for v in variants if v.role == "mechanism"):
-        mechanism, model, mismatch = matched_classical(config, variant.parameters)
+        mechanism, model, mismatch = matched_classical(config, variant.parameters, by)
         same = [other for other in result.values() if _is_same(other, mechanism, model)]
         if same:
             twin = same[0]
         else:
-            plain = mechanism.head_dim is None
-            width = f"-d{model['embed_dim']}" if model else ""
-            name = "classical" if plain else f"classical{width}-h{mechanism.head_dim}"
-            kind = f", width {model['embed_dim']}" if model else ""
+            name, title = "classical", "classical"
+            if model:
+                name, title = f"{name}-d{model['embed_dim']}", f"{title}, width {model['embed_dim']}"
+            if mechanism.head_dim is not None:
+                name, title = f"{name}-h{mechanism.head_dim}", f"{title}, head size {mechanism.head_dim}"
             twin = Variant(
                 name=name,
                 mechanism=mechanism,
                 role="twin",
-                title="classical" if plain else f"classical{kind}, head size {mechanism.head_dim}",
+                title=title,
                 model=model,
                 parameters=round(variant.parameters * (1 + mismatch)),
             )

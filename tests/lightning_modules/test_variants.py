@@ -100,6 +100,20 @@ def ablated(mechanism, *names):
     return {v.name: v.mechanism for v in ablations_of(variant, CONFIG, list(names or ("frozen", "random", "linear")))}
 
 
+def test_a_twin_matched_by_width():
+    """Three times the parameters: a wider model, and heads of another size only for the rest."""
+    plain = count_parameters(CONFIG, Classical())
+    mechanism, model, mismatch = matched_classical(CONFIG, 3 * plain, "width")
+    assert model["embed_dim"] > CONFIG.embed_dim and abs(mismatch) <= TOLERANCE
+    wide = dataclasses.replace(CONFIG, **model)
+    assert count_parameters(wide, mechanism) == pytest.approx(3 * plain, rel=TOLERANCE)
+    assert abs((mechanism.head_dim or wide.embed_dim) - wide.embed_dim) <= wide.embed_dim // 2
+    exact = count_parameters(dataclasses.replace(CONFIG, embed_dim=24), Classical())
+    assert matched_classical(CONFIG, exact, "width") == (Classical(), {"embed_dim": 24}, 0.0)
+    twin = twins_of([dataclasses.replace(variants(g=Gaussian())[0], parameters=exact)], CONFIG, "width")[1]
+    assert (twin.name, twin.title, twin.model) == ("classical-d24", "classical, width 24", {"embed_dim": 24})
+
+
 def test_ablations_leave_one_thing_out():
     assert ablated(QISA()) == {
         "m-frozen": QISA(trainable=False),
