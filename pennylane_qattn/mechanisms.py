@@ -5,7 +5,7 @@ A mechanism is a description and a factory: `mechanism(embed_dim, num_heads, blo
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -375,6 +375,29 @@ class Gaussian(FreeValues):
         q, k = self.linear_queries(embed_dim, num_heads, head_dim)
         v = self.value_map(embed_dim, num_heads, head_dim, seed)
         return q, k, v, GaussianScore(num_heads, head_dim, self.beta)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class NGram(Gaussian):
+    r"""`gaussian` whose values are learned observables of n-grams: of the joint state of `span` neighbouring tokens.
+
+    Amplitude encoding writes the tokens side by side on one register (`neighbours.py`), and a head measures h
+    observables with one learned basis of `rank` vectors in common. `2dh + r(nd + h) + 1` parameters per head in q, k,
+    v and score, biases apart, with n tokens and rank r.
+
+    Args:
+        rank: `None`: as many vectors as a head has features.
+    """
+
+    name = "ngram"
+    values: str = "learned-quadratic"
+    span: int = 4
+
+    def value_map(self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple) -> FeatureMap:
+        if self.rank is None and self.values in RANKED:
+            return replace(self, rank=head_dim).value_map(embed_dim, num_heads, head_dim, seed)
+        return super().value_map(embed_dim, num_heads, head_dim, seed)
 
 
 @ATTENTION.register
