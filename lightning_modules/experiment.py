@@ -22,7 +22,7 @@ from lightning_modules.executions import say
 from lightning_modules.report import print_comparison, write_report
 from lightning_modules.study import Study
 from lightning_modules.training_cli import check_writable
-from lightning_modules.variants import ABLATIONS
+from lightning_modules.variants import ABLATIONS, MATCHING
 
 
 def compare(argv: list[str]) -> None:
@@ -84,6 +84,8 @@ def _parser() -> Parser:
         help="name: options under `data` of `qattn fit`, for several corpora",
     )
     add("--twins", type=bool, default=False, help="add for each mechanism classical attention of as many parameters")
+    matched = "what is changed first to make a twin: the size of its heads, or its width"
+    add("--matched_by", type=Literal[MATCHING], default="head", help=matched)
     add("--ablations", type=list[str], default=[], help=f"add each mechanism without a part: {', '.join(ABLATIONS)}")
     add("--ablate", type=list[str] | None, default=None, help="the mechanisms to do so with; by default all of them")
     add("--fit", type=dict[str, Any] | str, default={}, help="options of `qattn fit` for all runs, or a config of it")

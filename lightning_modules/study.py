@@ -162,7 +162,7 @@ class Cell:
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} is a mechanism and an ablation of another one; rename the mechanism")
         found = [replace(variant, parameters=count_parameters(config, variant.mechanism)) for variant in found]
-        return twins_of(found, config) if options.twins else found
+        return twins_of(found, config, options.matched_by) if options.twins else found
 
     def settings(self, seed: int, model: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `qattn fit` of one run."""

@@ -4,7 +4,7 @@ A gain over classical attention says little as long as the models differ in size
 anything quadratic would do as well. So each mechanism can be compared with
 
 - its *twin*: classical attention whose heads are made wider or narrower until the whole model has as many parameters
-  (within `TOLERANCE`), and if no head size will do, a model of another width;
+  (within `TOLERANCE`), and if no head size will do, or where that is asked for, a model of another width;
 - its *ablations* (`ABLATIONS`): the same mechanism without the part that is said to help.
 """
 
@@ -19,12 +19,16 @@ from torch import nn
 from lightning_modules.gpt import GPT, GPTConfig
 from pennylane_qattn import Classical, LinearFeatureMap, Mechanism
 from pennylane_qattn.features import circuit_within
+from pennylane_qattn.mechanisms import RANKED
 from pennylane_qattn.registry import Description
 
 #: By how much the number of parameters of a twin may differ.
 TOLERANCE = 0.02
 #: As it is, classical attention is the twin of whatever differs from it by no more than this.
 ALIKE = 0.01
+#: What is changed first to give a twin its number of parameters: the size of its heads, which leaves the rest of the
+#: model as it is, or its width, which makes better use of many more of them.
+MATCHING = ("head", "width")
 ROLES = ("mechanism", "twin", "ablation")
 
 
@@ -63,12 +67,17 @@ class Variant:
 
 
 def as_config(description: Description) -> dict[str, Any]:
-    """A description as the configs of `qattn fit` have it."""
+    """A description as the configs of `qattn fit` have it, without the options that are as by default.
+
+    So an option that is added to a mechanism later changes nothing about runs that do not use it.
+    """
     cls = type(description)
+    default = cls()
     values = {f.name: getattr(description, f.name) for f in dataclasses.fields(description) if f.init}
+    changed = {name: value for name, value in values.items() if value != getattr(default, name)}
     return {
         "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": {k: as_config(v) if isinstance(v, Description) else v for k, v in values.items()},
+        "init_args": {k: as_config(v) if isinstance(v, Description) else v for k, v in changed.items()},
     }
 
 
@@ -84,16 +93,36 @@ def _frozen(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
 
 
 def _random(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
-    """Values that are random quadratic forms instead of Pauli words, as many and as large."""
-    counterpart = {"circuit": "random-quadratic", "quadratic": "random-absorbed"}.get(_values(mechanism))
-    return counterpart and dataclasses.replace(mechanism, values=counterpart)
+    """Values that are random quadratic forms instead of Pauli words or learned observables, as many and as large."""
+    counterparts = {
+        "circuit": "random-quadratic",
+        "quadratic": "random-absorbed",
+        "learned-quadratic": "random-quadratic",
+    }
+    counterpart = counterparts.get(_values(mechanism))
+    return counterpart and _with_values(mechanism, counterpart)
+
+
+def _rectified(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
+    """Values of one hidden layer with a rectifier instead of learned observables, as many and as large."""
+    return _with_values(mechanism, "rectified") if _values(mechanism) == "learned-quadratic" else None
+
+
+def _single(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
+    """Values that read their own token alone."""
+    return dataclasses.replace(mechanism, span=1) if mechanism.value_span > 1 else None
 
 
 def _linear(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
     """Linear values, as many."""
     if _values(mechanism) is None or isinstance(attention.value_map, LinearFeatureMap):
         return None
-    return dataclasses.replace(mechanism, values="linear")
+    return _with_values(mechanism, "linear")
+
+
+def _with_values(mechanism: Mechanism, values: str) -> Mechanism:
+    rank = mechanism.rank if values in RANKED else None
+    return dataclasses.replace(mechanism, values=values, rank=rank)
 
 
 def _values(mechanism: Mechanism) -> str | None:
@@ -106,8 +135,16 @@ ABLATIONS: dict[str, Callable[[Mechanism, nn.Module], Mechanism | None]] = {
     "frozen": _frozen,
     "random": _random,
     "linear": _linear,
+    "rectified": _rectified,
+    "single": _single,
 }
-_TITLES = {"frozen": "circuit frozen", "random": "random quadratic values", "linear": "linear values"}
+_TITLES = {
+    "frozen": "circuit frozen",
+    "random": "random quadratic values",
+    "linear": "linear values",
+    "rectified": "rectified values",
+    "single": "values of one token",
+}
 
 
 def ablations_of(variant: Variant, config: GPTConfig, names: list[str]) -> list[Variant]:
@@ -168,12 +205,13 @@ def _undrawn(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def matched_classical(config: GPTConfig, parameters: int) -> tuple[Classical, dict[str, int], float]:
+def matched_classical(config: GPTConfig, parameters: int, by: str = "head") -> tuple[Classical, dict[str, int], float]:
     """Classical attention in a GPT of about that many parameters.
 
     Args:
         config: the GPT of the mechanism to be matched.
         parameters: trainable parameters of that GPT.
+        by: one of `MATCHING`: what is changed first, the size of heads or the width of the model.
 
     Returns:
         The mechanism, options of `LanguageModel` in which its GPT differs from `config`, and by which part it has more
@@ -194,12 +232,16 @@ def matched_classical(config: GPTConfig, parameters: int) -> tuple[Classical, di
     if width % heads == 0 and abs(found := mismatch(width, None)) <= ALIKE:
         return Classical(), {}, found
     nearest = float("inf")
-    for candidate in sorted(range(heads, 2 * width + 1, heads), key=lambda d: abs(d - width)):
+    distance = {"head": lambda d: abs(d - width), "width": lambda d: abs(mismatch(d, None))}[by]
+    for candidate in sorted(range(heads, 2 * width + 1, heads), key=distance):
+        model = {} if candidate == width else {"embed_dim": candidate}
+        if by == "width" and abs(found := mismatch(candidate, None)) <= ALIKE:
+            return Classical(), model, found
         one, two = mismatch(candidate, 1), mismatch(candidate, 2)  # the number grows linearly with the size of a head
         head_dim = max(1, round(1 - one / (two - one)))
         found = mismatch(candidate, head_dim)
         if abs(found) <= TOLERANCE:
-            return Classical(head_dim=head_dim), {} if candidate == width else {"embed_dim": candidate}, found
+            return Classical(head_dim=head_dim), model, found
         nearest = min(nearest, found, key=abs)
     raise ValueError(
         f"no classical twin of {parameters:,} parameters within {TOLERANCE:.0%}: the nearest is {nearest:+.1%} off; "
@@ -207,27 +249,28 @@ def matched_classical(config: GPTConfig, parameters: int) -> tuple[Classical, di
     )
 
 
-def twins_of(variants: list[Variant], config: GPTConfig) -> list[Variant]:
-    """The variants, and the classical twins of the mechanisms that are not among them.
+def twins_of(variants: list[Variant], config: GPTConfig, by: str = "head") -> list[Variant]:
+    """The variants, and the classical twins of the mechanisms that are not among them, matched as `by` says.
 
     An ablation shares the twin of its mechanism where that has as many parameters as it has, too.
     """
     result = {variant.name: variant for variant in variants}
     for variant in (v for v in variants if v.role == "mechanism"):
-        mechanism, model, mismatch = matched_classical(config, variant.parameters)
+        mechanism, model, mismatch = matched_classical(config, variant.parameters, by)
         same = [other for other in result.values() if _is_same(other, mechanism, model)]
         if same:
             twin = same[0]
         else:
-            plain = mechanism.head_dim is None
-            width = f"-d{model['embed_dim']}" if model else ""
-            name = "classical" if plain else f"classical{width}-h{mechanism.head_dim}"
-            kind = f", width {model['embed_dim']}" if model else ""
+            name, title = "classical", "classical"
+            if model:
+                name, title = f"{name}-d{model['embed_dim']}", f"{title}, width {model['embed_dim']}"
+            if mechanism.head_dim is not None:
+                name, title = f"{name}-h{mechanism.head_dim}", f"{title}, head size {mechanism.head_dim}"
             twin = Variant(
                 name=name,
                 mechanism=mechanism,
                 role="twin",
-                title="classical" if plain else f"classical{kind}, head size {mechanism.head_dim}",
+                title=title,
                 model=model,
                 parameters=round(variant.parameters * (1 + mismatch)),
             )

@@ -32,6 +32,7 @@ from pennylane_qattn.mechanisms import (
     Grover,
     GroverSparse,
     Mechanism,
+    NGram,
     Overlap,
     QISAAbsorbed,
     QSANNMulti,
@@ -58,6 +59,7 @@ from pennylane_qattn.value_maps import (
     MixedFeatureMap,
     RandomAbsorbedFeatureMap,
     RandomQuadraticFeatureMap,
+    RectifiedFeatureMap,
 )
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "LinearFeatureMap",
     "Mechanism",
     "MixedFeatureMap",
+    "NGram",
     "Noise",
     "Overlap",
     "OverlapScore",
@@ -107,6 +110,7 @@ __all__ = [
     "QuadraticFeatureMap",
     "RandomAbsorbedFeatureMap",
     "RandomQuadraticFeatureMap",
+    "RectifiedFeatureMap",
     "ReuploadedFeatureMap",
     "ScaledDot",
     "ScaledDotScore",

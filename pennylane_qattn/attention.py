@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from pennylane_qattn.features import FeatureMap
+from pennylane_qattn.neighbours import Recent, join_neighbours
 from pennylane_qattn.scores import Score
 from pennylane_qattn.transforms import is_transformed
 
@@ -40,6 +41,8 @@ class KeyValueCache:
         self._values: Tensor | None = None
         self._padding: Tensor | None = None
         self._positions: Tensor | None = None
+        #: The latest tokens themselves, where values read several.
+        self.recent: Recent | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -187,13 +190,15 @@ class Attention(nn.Module):
     r"""Multi-head attention from four parts: query, key and value maps and a score.
 
     Args:
-        query_map, key_map, value_map: feature maps with the same number of heads; queries and keys of one width.
+        query_map, key_map, value_map: feature maps with the same number of heads; queries and keys of one width. The
+            value map reads `span` tokens joined (`neighbours.py`), so it is that many times as wide.
         score: compares queries with keys.
         block_size: longest sequence, the tokens held in a cache included.
         is_causal: token :math:`i` sees tokens :math:`j \preceq i` only.
         out_bias: bias of the output projection.
         dropout: probability of dropping an attention weight in training.
         name: what it is called when printed.
+        span: tokens that a value reads: its own and the `span - 1` before it.
 
     Attributes:
         has_cache: it runs with a key/value cache; `False` where a later token changes outputs given before.
@@ -216,8 +221,11 @@ class Attention(nn.Module):
         out_bias: bool = True,
         dropout: float = 0.0,
         name: str = "Attention",
+        span: int = 1,
     ):
         super().__init__()
+        if span < 1:
+            raise ValueError(f"span must be at least 1, the token itself; got {span}")
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1; got {block_size}")
         if not 0 <= dropout < 1:
@@ -225,16 +233,17 @@ class Attention(nn.Module):
         heads = {query_map.num_heads, key_map.num_heads, value_map.num_heads}
         if len(heads) > 1:
             raise ValueError(f"query, key and value maps must have one number of heads; got {sorted(heads)}")
-        widths = {query_map.embed_dim, key_map.embed_dim, value_map.embed_dim}
-        if len(widths) > 1:
-            raise ValueError(f"query, key and value maps must read one embedding; got widths {sorted(widths)}")
+        widths = query_map.embed_dim, key_map.embed_dim, value_map.embed_dim
+        if not widths[0] == widths[1] == widths[2] / span:
+            joined = f", the values {span} tokens" if span > 1 else ""
+            raise ValueError(f"query, key and value maps must read one embedding{joined}; got widths {list(widths)}")
         if query_map.out_features != key_map.out_features:
             raise ValueError(
                 f"queries and keys must have one width; got {query_map.out_features} and {key_map.out_features}"
             )
         self.query_map, self.key_map, self.value_map, self.score = query_map, key_map, value_map, score
         score.set_longest_row(block_size)
-        self.embed_dim, self.num_heads = value_map.embed_dim, value_map.num_heads
+        self.embed_dim, self.num_heads, self.span = query_map.embed_dim, query_map.num_heads, span
         self.head_dim = value_map.out_features
         self.block_size, self.is_causal, self.dropout, self.name = block_size, is_causal, dropout, name
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, bias=out_bias)
@@ -340,7 +349,7 @@ class Attention(nn.Module):
     def _keys_and_values(self, x, padding, positions, cache) -> tuple[Tensor, Tensor, Visibility]:
         past = 0 if cache is None else len(cache)
         queries = x.shape[1]
-        k, v = self.score.keys(self.key_map(x)), self.value_map(x)
+        k, v = self.score.keys(self.key_map(x)), self.value_map(self._joined(x, padding, positions, cache))
         if padding is not None:  # a weight of 0 does not silence a NaN
             k, v = (t.masked_fill(padding[:, None, :, None], 0.0) for t in (k, v))
         if cache is not None:
@@ -348,12 +357,24 @@ class Attention(nn.Module):
         query_positions = None if positions is None else positions[:, past:]
         return k, v, Visibility(queries, past + queries, self.is_causal, padding, query_positions, positions)
 
+    def _joined(self, x: Tensor, padding, positions, cache: KeyValueCache | None) -> Tensor:
+        """What the value map reads."""
+        if self.span == 1:
+            return x
+        recent, past = (None, 0) if cache is None else (cache.recent, len(cache))
+        joined, recent = join_neighbours(x, self.span, padding, positions, recent, past)
+        if cache is not None:
+            cache.recent = recent
+        return joined
+
     def __repr__(self) -> str:
         described = [f"embed={self.embed_dim}", f"heads={self.num_heads}", f"head_dim={self.head_dim}"]
         parts = (part for feature_map in (self.query_map, self.value_map) for part in feature_map.modules())
         qubits = next((part.num_wires for part in parts if hasattr(part, "num_wires")), None)
         if qubits is not None:
             described.append(f"qubits={qubits}")
+        if self.span > 1:
+            described.append(f"span={self.span}")
         if not self.is_causal:
             described.append("causal=False")
         return f"{self.name}({', '.join(described)})"

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pennylane as qml
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from pennylane_qattn import kernels
 from pennylane_qattn.registry import Description, Registry
 from pennylane_qattn.transforms import is_transformed
 
@@ -144,7 +146,12 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        unit, inverse, _ = _unit_and_scale(x)
+        if kernels.serve(x):
+            unit, inverse = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(*x.shape[:-1], 1)
+            rows = [t.reshape(-1, t.shape[-1]) for t in (x, unit, inverse)]
+            kernels.run(_normalise_rows, len(rows[0]), *rows)
+        else:
+            unit, inverse, _ = _unit_and_scale(x)
         ctx.save_for_backward(x, unit, inverse)
         return unit
 
@@ -153,4 +160,51 @@ class _Normalise(torch.autograd.Function):
         x, unit, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: keep the dependence on x
             unit, inverse, _ = _unit_and_scale(x)
+        elif kernels.serve(unit, upstream):
+            gradient = torch.empty_like(unit)
+            rows = [t.reshape(-1, t.shape[-1]) for t in (upstream, unit, inverse, gradient)]
+            kernels.run(_normalise_rows_backward, len(rows[0]), *rows)
+            return gradient
         return (upstream - unit * (unit * upstream).sum(-1, keepdim=True)) * inverse
+
+
+@kernels.compiled
+def _normalise_rows(x, unit, inverse, first, last):
+    """`_unit_and_scale`, row by row."""
+    for row in range(first, last):
+        total = x.dtype.type(0)
+        for i in range(x.shape[1]):
+            total += x[row, i] * x[row, i]
+        if 1e-30 < total < 1e30:
+            factor = x.dtype.type(1) / np.sqrt(total)
+            for i in range(x.shape[1]):
+                unit[row, i] = x[row, i] * factor
+            inverse[row, 0] = factor
+            continue
+        scale, is_zero = x.dtype.type(0), True
+        for i in range(x.shape[1]):
+            is_zero = is_zero and x[row, i] == 0
+            scale = max(scale, abs(x[row, i]))
+        if is_zero:
+            unit[row] = 0
+            unit[row, 0] = 1
+            inverse[row, 0] = 0
+            continue
+        total = x.dtype.type(0)
+        for i in range(x.shape[1]):
+            unit[row, i] = x[row, i] / scale
+            total += unit[row, i] * unit[row, i]
+        factor = x.dtype.type(1) / np.sqrt(total)
+        for i in range(x.shape[1]):
+            unit[row, i] *= factor
+        inverse[row, 0] = factor / scale
+
+
+@kernels.compiled
+def _normalise_rows_backward(upstream, unit, inverse, gradient, first, last):
+    for row in range(first, last):
+        along = unit.dtype.type(0)
+        for i in range(unit.shape[1]):
+            along += unit[row, i] * upstream[row, i]
+        for i in range(unit.shape[1]):
+            gradient[row, i] = (upstream[row, i] - unit[row, i] * along) * inverse[row, 0]

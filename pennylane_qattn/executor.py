@@ -15,6 +15,7 @@ from torch import Tensor
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.devices import Meter
 from pennylane_qattn.folding import Fold, Memory
+from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.planning import Execution, Plan, make_plan
 from pennylane_qattn.quadratic import quadratic_forms
 
@@ -71,11 +72,14 @@ class FoldedExecutor(Executor):
         self._program = first.ansatz.program(first.num_wires)
         self._folds: dict[tuple[torch.dtype, torch.device], Fold] = {}
         self._readouts, self._states = Memory(), Memory()
+        self._words = WordMeasurement([circuit.words for circuit in self.circuits], is_complex=True)
 
     def expectations(
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
     ) -> Float[Tensor, "heads tokens words"]:
         amplitudes, width, fold = self._prepared(x, weights)
+        if self._words.serves(amplitudes):
+            return self._words(amplitudes, self._state_rows(fold, weights, width))
         rows, signs = self._readouts(lambda: fold.readout(*fold.evolve(weights, width)), weights, width)
         return quadratic_forms(amplitudes, rows, signs)
 
@@ -83,8 +87,16 @@ class FoldedExecutor(Executor):
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]
     ) -> Float[Tensor, "heads tokens amplitudes"]:
         amplitudes, width, fold = self._prepared(x, weights)
-        matrix = self._states(lambda: fold.states(weights, width), weights, width)
-        return amplitudes @ torch.cat((matrix.real, matrix.imag), dim=1).transpose(1, 2)
+        return amplitudes @ self._state_rows(fold, weights, width).transpose(1, 2)
+
+    def _state_rows(self, fold: Fold, weights: Tensor, width: int) -> Float[Tensor, "heads rows amplitudes"]:
+        """What takes amplitudes to the state, real amplitudes followed by imaginary ones."""
+
+        def compute() -> Tensor:
+            matrix = fold.states(weights, width)
+            return torch.cat((matrix.real, matrix.imag), dim=1)
+
+        return self._states(compute, weights, width)
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         if (dtype, device) not in self._folds:

@@ -18,6 +18,7 @@ from pennylane_qattn.devices import Meter
 from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding
 from pennylane_qattn.execution import Execution, Executor, make_executor
 from pennylane_qattn.folding import Fold, Memory
+from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.precision import at_least_float32
 from pennylane_qattn.quadratic import quadratic_forms
@@ -279,25 +280,23 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         super().__init__(embed_dim, num_heads, out_features, split, AmplitudeEncoding(), words, seed)
         self.weight = draw_matrices(num_heads, self.in_features)
         self._folds: dict = {}
-        self._readouts = Memory()
         self.prepare()
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        weight = self.weight.to(dtype)
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
+        if self._measurement.serves(x):
+            return self._measurement(x, padded)
         fold = self._fold(dtype, weight.device)
-
-        def readout() -> tuple[Tensor, Tensor]:
-            padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
-            return fold.readout(padded.to(fold.complex_dtype))
-
-        rows, signs = self._readouts(readout, weight)
-        return quadratic_forms(x.to(dtype), rows, signs)
+        rows, signs = self._readouts(lambda: fold.readout(padded.to(fold.complex_dtype)), weight)
+        return quadratic_forms(x, rows, signs)
 
     def prepare(self) -> None:
         if hasattr(self, "weight"):
             self._folds.clear()
             self._readouts = Memory()
+            self._measurement = WordMeasurement(self.words, is_complex=False)
             self._fold(self.weight.dtype, self.weight.device)
 
     def _fold(self, dtype: torch.dtype, device: torch.device) -> Fold:

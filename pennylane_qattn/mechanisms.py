@@ -5,7 +5,7 @@ A mechanism is a description and a factory: `mechanism(embed_dim, num_heads, blo
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from pennylane_qattn.value_maps import (
     MixedFeatureMap,
     RandomAbsorbedFeatureMap,
     RandomQuadraticFeatureMap,
+    RectifiedFeatureMap,
 )
 
 #: Attention mechanisms by name.
@@ -99,7 +100,13 @@ class Mechanism(Description, ABC):
             out_bias=self.out_bias,
             dropout=self.dropout,
             name=type(self).__name__,
+            span=self.value_span,
         )
+
+    @property
+    def value_span(self) -> int:
+        """Tokens that a value reads."""
+        return 1
 
 
 @ATTENTION.register
@@ -160,6 +167,8 @@ class FreeValues(CircuitMechanism, ABC):
     Args:
         values: one of `VALUES`; by default the mechanism's own.
         bias: bias of the linear maps.
+        span: tokens that a value reads, its own and those just before it, joined on one register (`neighbours.py`).
+        rank: of the bases of `learned-quadratic` and `rectified` values; `None`: as many vectors as inputs.
     """
 
     #: Queries and keys come from circuits, whatever the values are.
@@ -167,11 +176,17 @@ class FreeValues(CircuitMechanism, ABC):
 
     values: str = "linear"
     bias: bool = False
+    span: int = 1
+    rank: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.span, Integral) or self.span < 1:
+            raise ValueError(f"span must be an integer of at least 1, the token itself; got {self.span!r}")
         if self.values not in VALUES:
             raise ValueError(f"values must be one of {', '.join(VALUES)}; got {self.values!r}")
+        if self.rank is not None and self.values not in RANKED:
+            raise ValueError(f"rank={self.rank} is for values {' and '.join(RANKED)}; got values {self.values!r}")
         if not (self.trainable or self.circuit_queries or VALUES[self.values].has_circuit):
             raise ValueError(
                 f"trainable=False freezes the angles of circuits, and {self.name} with values {self.values!r} has "
@@ -183,8 +198,12 @@ class FreeValues(CircuitMechanism, ABC):
         return tuple(LinearFeatureMap(embed_dim, num_heads, features, self.bias) for _ in range(2))
 
     def value_map(self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple) -> FeatureMap:
-        """The chosen value map."""
-        return VALUES[self.values].build(self, embed_dim, num_heads, head_dim, seed=(*seed, 2))
+        """The chosen value map, on `span` tokens joined."""
+        return VALUES[self.values].build(self, embed_dim * self.span, num_heads, head_dim, seed=(*seed, 2))
+
+    @property
+    def value_span(self) -> int:
+        return self.span
 
 
 @dataclass(frozen=True)
@@ -195,14 +214,18 @@ class Values:
     has_circuit: bool = False
 
 
-#: Value maps by name. With the published ansatz on n qubits, and biases apart, a head's values have these parameters:
+#: Value maps that have a rank.
+RANKED = ("learned-quadratic", "rectified")
+#: Value maps by name. With the published ansatz on n qubits, and biases apart, a head's values have these parameters,
+#: d being the width of what they read, `span` tokens:
 #:
 #: - `linear`: `dh`;
 #: - `circuit`, as `qisa`: `3n`;
 #: - `quadratic`, as `qisa-absorbed`: `d^2`;
 #: - `random-quadratic`, `circuit` with random forms in place of its observables: none;
 #: - `random-absorbed`, `quadratic` with random forms in place of its Pauli words: `d^2`;
-#: - `learned-quadratic`, observables with one learned basis in common: `d^2 + dh`;
+#: - `learned-quadratic`, observables with one learned basis in common: `d^2 + dh`, or `r(d + h)` of rank r;
+#: - `rectified`, `learned-quadratic` with its square replaced by a rectifier: `d^2 + dh`, or `r(d + h)` of rank r;
 #: - `learned-circuit`, any observables that are diagonal after the circuit: `3n + (2^n - 1)h`;
 #: - `reuploaded-circuit`, `circuit` with its input encoded a second time, as phases: `6n + 1`;
 #: - `mixed-circuit`, `linear` and `circuit` added, each with a learned weight: `dh + 3n + 2`;
@@ -213,7 +236,8 @@ VALUES: dict[str, Values] = {
     "quadratic": Values(lambda m, *sizes, seed: QuadraticFeatureMap(*sizes, m.split, seed=seed)),
     "random-quadratic": Values(lambda m, *sizes, seed: RandomQuadraticFeatureMap(*sizes, m.split, seed=seed)),
     "random-absorbed": Values(lambda m, *sizes, seed: RandomAbsorbedFeatureMap(*sizes, m.split, seed=seed)),
-    "learned-quadratic": Values(lambda m, *sizes, seed: LearnedQuadraticFeatureMap(*sizes, m.split)),
+    "learned-quadratic": Values(lambda m, *sizes, seed: LearnedQuadraticFeatureMap(*sizes, m.split, m.rank)),
+    "rectified": Values(lambda m, *sizes, seed: RectifiedFeatureMap(*sizes, m.split, m.rank)),
     "learned-circuit": Values(
         lambda m, *sizes, seed: m.circuit(*sizes, seed, LearnedCircuitFeatureMap), has_circuit=True
     ),
@@ -351,6 +375,29 @@ class Gaussian(FreeValues):
         q, k = self.linear_queries(embed_dim, num_heads, head_dim)
         v = self.value_map(embed_dim, num_heads, head_dim, seed)
         return q, k, v, GaussianScore(num_heads, head_dim, self.beta)
+
+
+@ATTENTION.register
+@dataclass(frozen=True, kw_only=True)
+class NGram(Gaussian):
+    r"""`gaussian` whose values are learned observables of n-grams: of the joint state of `span` neighbouring tokens.
+
+    Amplitude encoding writes the tokens side by side on one register (`neighbours.py`), and a head measures h
+    observables with one learned basis of `rank` vectors in common. `2dh + r(nd + h) + 1` parameters per head in q, k,
+    v and score, biases apart, with n tokens and rank r.
+
+    Args:
+        rank: `None`: as many vectors as a head has features.
+    """
+
+    name = "ngram"
+    values: str = "learned-quadratic"
+    span: int = 4
+
+    def value_map(self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple) -> FeatureMap:
+        if self.rank is None and self.values in RANKED:
+            return replace(self, rank=head_dim).value_map(embed_dim, num_heads, head_dim, seed)
+        return super().value_map(embed_dim, num_heads, head_dim, seed)
 
 
 @ATTENTION.register

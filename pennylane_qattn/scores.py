@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from pennylane_qattn import double_exponential
+
 #: Fused attention kernels want query, key and value of one width that is a multiple of this.
 ALIGNMENT = 8
 
@@ -168,22 +170,29 @@ class PublishedGaussianScore(Score):
     It is computed in float32 or better: a small difference of large norms is beyond half precision.
     """
 
+    is_structured = True
+
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        q = _at_least_float32(q)
-        norm = q.square().sum(-1, keepdim=True)
-        return torch.cat((2 * q, -norm, torch.ones_like(norm)), dim=-1)
+        return double_exponential.queries_of(_at_least_float32(q))
 
     def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        k = _at_least_float32(k)
-        norm = k.square().sum(-1, keepdim=True)
-        return torch.cat((k, torch.ones_like(norm), -norm), dim=-1)
+        return double_exponential.keys_of(_at_least_float32(k))
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]:
         with torch.autocast(q.device.type, enabled=False):
-            # rounding may leave a squared distance below zero, and the exponential would magnify that
-            return (q @ k.transpose(-2, -1)).clamp(max=0).exp()
+            return double_exponential.exponentials(q @ k.transpose(-2, -1))
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+        visible: Bool[Tensor, "batch keys"] | None,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        return double_exponential.attend(q, k, v, is_causal, visible)
 
 
 class OverlapScore(Score):

@@ -138,22 +138,38 @@ class LearnedQuadraticFeatureMap(PerHeadFeatureMap):
         num_heads: number of heads.
         out_features: observables per head.
         split: each head reads its own slice of the embedding.
+        rank: vectors of the basis; observables are 0 on the others. `None`: as many as inputs.
 
     Shapes:
-        `weight`: :math:`W`, `(heads, inputs, inputs)`; `readout_weight`: :math:`S`, `(heads, inputs, out_features)`.
+        `weight`: :math:`W`, `(heads, rank, inputs)`; `readout_weight`: :math:`S`, `(heads, rank, out_features)`.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, out_features: int, split: bool = False):
+    def __init__(self, embed_dim: int, num_heads: int, out_features: int, split: bool = False, rank: int | None = None):
         super().__init__(embed_dim, num_heads, out_features, split)
-        bases = torch.empty(num_heads, self.in_features, self.in_features, dtype=default_dtype())
+        rank = self.in_features if rank is None else rank
+        if not 1 <= rank <= self.in_features:
+            raise ValueError(f"rank must lie between 1 and the {self.in_features} inputs of a head; got {rank}")
+        bases = torch.empty(num_heads, rank, self.in_features, dtype=default_dtype())
         for basis in bases:
             nn.init.orthogonal_(basis)
         self.weight = nn.Parameter(bases)
-        self.readout_weight = _uniform((num_heads, self.in_features, out_features), variance=1.0)
+        self.readout_weight = _uniform((num_heads, rank, out_features), variance=1.0)
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         return plain_quadratic_forms(normalise(x.to(dtype)), self.weight.to(dtype), self.readout_weight.to(dtype))
+
+
+class RectifiedFeatureMap(LearnedQuadraticFeatureMap):
+    r""":math:`v = S^T \max(Wx, 0) / \lVert x \rVert`: learned observables with the square replaced by a rectifier.
+
+    As many parameters that start in the same way, and nothing of quantum mechanics: one hidden layer.
+    """
+
+    def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        hidden = normalise(x.to(dtype)) @ self.weight.to(dtype).transpose(1, 2)
+        return hidden.relu() @ self.readout_weight.to(dtype)
 
 
 class LearnedCircuitFeatureMap(FeatureMap):

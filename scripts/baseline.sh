@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-use_environment
+use_environment fast
 cd -- "$qattn_root"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 exec qattn compare --config configs/compare-baseline.yaml "$@"

@@ -8,7 +8,7 @@ set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-use_environment
+use_environment fast
 cd -- "$qattn_root"
 # Threads that wait for each other asleep lose little on an idle machine, and do not starve on a busy one.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"

@@ -13,12 +13,12 @@ set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-arguments=() extras=test,hf docs=0
+arguments=() extras=test,hf,fast docs=0
 for argument in "$@"; do
     case "$argument" in
     --slow) arguments+=(-m "not plugins") ;;
-    --plugins) arguments+=(-m plugins) extras=test,hf,plugins ;;
-    --docs) docs=1 extras=test,hf,docs ;;
+    --plugins) arguments+=(-m plugins) extras=test,hf,fast,plugins ;;
+    --docs) docs=1 extras=test,hf,fast,docs ;;
     *) arguments+=("$argument") ;;
     esac
 done

@@ -15,7 +15,7 @@ from lightning_modules.variants import (
     twins_of,
     without_equals,
 )
-from pennylane_qattn import ATTENTION, QISA, Classical, Gaussian, Overlap, QISAAbsorbed
+from pennylane_qattn import ATTENTION, QISA, Classical, Gaussian, Overlap, QISAAbsorbed, ScaledDot
 
 CONFIG = preset("qisa-16", vocab_size=65)
 
@@ -100,6 +100,20 @@ def ablated(mechanism, *names):
     return {v.name: v.mechanism for v in ablations_of(variant, CONFIG, list(names or ("frozen", "random", "linear")))}
 
 
+def test_a_twin_matched_by_width():
+    """Three times the parameters: a wider model, and heads of another size only for the rest."""
+    plain = count_parameters(CONFIG, Classical())
+    mechanism, model, mismatch = matched_classical(CONFIG, 3 * plain, "width")
+    assert model["embed_dim"] > CONFIG.embed_dim and abs(mismatch) <= TOLERANCE
+    wide = dataclasses.replace(CONFIG, **model)
+    assert count_parameters(wide, mechanism) == pytest.approx(3 * plain, rel=TOLERANCE)
+    assert abs((mechanism.head_dim or wide.embed_dim) - wide.embed_dim) <= wide.embed_dim // 2
+    exact = count_parameters(dataclasses.replace(CONFIG, embed_dim=24), Classical())
+    assert matched_classical(CONFIG, exact, "width") == (Classical(), {"embed_dim": 24}, 0.0)
+    twin = twins_of([dataclasses.replace(variants(g=Gaussian())[0], parameters=exact)], CONFIG, "width")[1]
+    assert (twin.name, twin.title, twin.model) == ("classical-d24", "classical, width 24", {"embed_dim": 24})
+
+
 def test_ablations_leave_one_thing_out():
     assert ablated(QISA()) == {
         "m-frozen": QISA(trainable=False),
@@ -113,6 +127,17 @@ def test_ablations_leave_one_thing_out():
     assert ablated(Overlap()) == {"m-frozen": Overlap(trainable=False)}
     assert ablated(Classical()) == ablated(Gaussian()) == {}
     assert ablated(QISA(), "linear") == {"m-linear": QISA(values="linear")}
+
+
+def test_ablations_of_joint_tokens():
+    pairs = ScaledDot(values="learned-quadratic", span=2, rank=3, temperature="learned")
+    assert ablated(pairs, "frozen", "random", "linear", "rectified", "single") == {
+        "m-random": dataclasses.replace(pairs, values="random-quadratic", rank=None),
+        "m-linear": dataclasses.replace(pairs, values="linear", rank=None),
+        "m-rectified": dataclasses.replace(pairs, values="rectified"),
+        "m-single": dataclasses.replace(pairs, span=1),
+    }
+    assert ablated(QISA(), "rectified", "single") == {}
 
 
 def test_an_ablation_says_of_what():

@@ -32,6 +32,7 @@ from pennylane_qattn import (
 )
 from pennylane_qattn.features import circuit_within
 from pennylane_qattn.folding import Fold
+from pennylane_qattn.neighbours import join_neighbours
 from pennylane_qattn.testing import assert_valid_attention
 
 EMBED, HEADS, BLOCK, BATCH, SEQ = 15, 3, 11, 2, 7
@@ -56,6 +57,9 @@ VARIANTS = {
     "overlap-learned-quadratic": ("overlap", {"values": "learned-quadratic", "split": True}),
     "gaussian-mixed-circuit": ("gaussian", {"values": "mixed-circuit", "bias": True, "head_dim": 7}),
     "scaled-dot-mixed-quadratic": ("scaled-dot", {"values": "mixed-quadratic", "split": True}),
+    "scaled-dot-pairs": ("scaled-dot", {"span": 2, "split": True}),
+    "gaussian-triples": ("gaussian", {"span": 3, "values": "mixed-circuit", "head_dim": 4}),
+    "qisa-pairs": ("qisa", {"span": 2}),
     "classical-narrow": ("classical", {"head_dim": 2, "bias": True, "out_bias": False}),
 }
 
@@ -129,7 +133,7 @@ def test_rows_of_weights_sum_to_one(make, dtype, close, x):
 def test_output_is_the_weighted_sum(make, dtype, close, x):
     """The fused path gives what the weights say."""
     module, x = make().to(dtype), x.to(dtype)
-    heads = module.weights(x) @ module.value_map(x)
+    heads = module.weights(x) @ module.value_map(join_neighbours(x, module.span)[0])
     close(module(x).detach(), module.out_proj(heads.transpose(1, 2).flatten(2)).detach(), factor=5)
 
 
@@ -180,6 +184,10 @@ def test_the_cache_remembers_positions(make, x):
     module = make().double()
     cache, positions = module.new_cache(BATCH), ORDER.expand(BATCH, -1)
     module(x[:, ORDER[:5]], position_ids=positions[:, :5], cache=cache)
+    if module.span > 1:  # what is in the cache would have been joined with what comes now
+        with pytest.raises(ValueError, match="must come in the order of time"):
+            module(x[:, ORDER[5:]], position_ids=positions[:, 5:], cache=cache)
+        return
     out = module(x[:, ORDER[5:]], position_ids=positions[:, 5:], cache=cache)
     torch.testing.assert_close(out, module(x)[:, ORDER[5:]], rtol=1e-12, atol=1e-12)
 
@@ -196,6 +204,8 @@ def test_not_causal_sees_everything(make, x):
     module = make(is_causal=False).double()
     weights = module.weights(x)
     assert (weights > 0).all()
+    if module.span > 1:  # values are joined with tokens before them, never with those after
+        return
     torch.testing.assert_close(module(x.flip(1)).flip(1), module(x), rtol=1e-12, atol=1e-12)
 
 
@@ -449,6 +459,7 @@ def test_parameters_of_a_head(name, count, heads):
         ("random-quadratic", 0),
         ("random-absorbed", 16 * 16),
         ("learned-quadratic", 16 * 16 + 16 * 11),
+        ("rectified", 16 * 16 + 16 * 11),
         ("learned-circuit", 3 * 4 + 15 * 11),
         ("reuploaded-circuit", 6 * 4 + 1),
         ("mixed-circuit", 16 * 11 + 3 * 4 + 2),

@@ -17,6 +17,7 @@ from pennylane_qattn import (
     QuadraticFeatureMap,
     RandomAbsorbedFeatureMap,
     RandomQuadraticFeatureMap,
+    RectifiedFeatureMap,
     ReuploadedFeatureMap,
     build_attention,
     set_execution,
@@ -32,6 +33,7 @@ NEW = {
     "random-quadratic": RandomQuadraticFeatureMap,
     "random-absorbed": RandomAbsorbedFeatureMap,
     "learned-quadratic": LearnedQuadraticFeatureMap,
+    "rectified": RectifiedFeatureMap,
     "learned-circuit": LearnedCircuitFeatureMap,
     "reuploaded-circuit": ReuploadedFeatureMap,
     "mixed-circuit": MixedFeatureMap,
@@ -173,6 +175,34 @@ def test_learned_quadratic_is_its_formula(split, x):
     check(feature_map, x, split, lambda head, row, wires: (basis[head] @ row) ** 2 / (row @ row) @ values[head])
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_rectified_is_its_formula(split, x):
+    feature_map = RectifiedFeatureMap(EMBED, HEADS, FEATURES, split).double()
+    basis, values = feature_map.weight.detach().numpy(), feature_map.readout_weight.detach().numpy()
+    check(
+        feature_map,
+        x,
+        split,
+        lambda head, row, wires: np.maximum(basis[head] @ row, 0) / np.linalg.norm(row) @ values[head],
+    )
+
+
+@pytest.mark.parametrize("kind", [LearnedQuadraticFeatureMap, RectifiedFeatureMap])
+def test_rank_is_the_number_of_basis_vectors(kind, x):
+    torch.manual_seed(0)
+    feature_map = kind(EMBED, HEADS, FEATURES, rank=4).double()
+    shapes = {name: tuple(parameter.shape) for name, parameter in feature_map.named_parameters()}
+    assert shapes == {"weight": (HEADS, 4, EMBED), "readout_weight": (HEADS, 4, FEATURES)}
+    for basis in feature_map.weight:
+        torch.testing.assert_close(basis @ basis.T, torch.eye(4).double(), rtol=1e-5, atol=1e-5)
+    assert feature_map(x).shape == (BATCH, HEADS, SEQ, FEATURES)
+    for rank in (0, EMBED + 1):
+        with pytest.raises(ValueError, match=f"rank must lie between 1 and the 15 inputs of a head; got {rank}"):
+            kind(EMBED, HEADS, FEATURES, rank=rank)
+    with pytest.raises(ValueError, match="rank=3 is for values learned-quadratic and rectified; got values 'linear'"):
+        build_attention("gaussian", EMBED, HEADS, 7, rank=3)
+
+
 def test_learned_quadratic_can_be_any_form(x):
     form = draw_forms(1, EMBED, 8)[0]
     eigenvalues, basis = np.linalg.eigh(form)
@@ -297,7 +327,7 @@ def test_all_are_causal(values):
     assert certificate.passes, certificate
 
 
-@pytest.mark.parametrize("values", [*CIRCUITS, "random-quadratic", "learned-quadratic"])
+@pytest.mark.parametrize("values", [*CIRCUITS, "random-quadratic", "learned-quadratic", "rectified"])
 def test_the_zero_vector(values, x):
     """Read as the first basis vector, with gradient 0."""
     feature_map = build_attention("qsann", EMBED, HEADS, 7, values=values).value_map.double()
@@ -318,7 +348,7 @@ def test_the_zero_vector(values, x):
 @pytest.mark.parametrize("values", NEW)
 def test_tiny_and_huge_vectors_are_finite(values):
     feature_map = build_attention("qisa", EMBED, HEADS, 7, values=values).value_map
-    normalised = values in ("random-quadratic", "learned-quadratic", "learned-circuit")
+    normalised = values in ("random-quadratic", "learned-quadratic", "rectified", "learned-circuit")
     for scale in (1e-30, 1e-3, 1e30) if normalised else (1e-30, 1e-3):
         x = torch.full((1, 1, EMBED), scale, requires_grad=True)
         out = feature_map(x)

@@ -1,0 +1,211 @@
+r"""Attention by the published score, :math:`w_{ij} \propto \exp(\exp(-\lVert q_i - k_j \rVert^2))`, without its matrix.
+
+QISA (arXiv 2603.03318) and QSANN (arXiv 2205.05625) take the softmax of an exponential, which no fused kernel has.
+Rows are made in blocks that fit into the cache, used, and made again for the gradient: memory grows with the number of
+tokens and not with its square. Exponents lie in (0, 1], so the softmax needs no maximum.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pennylane_qattn import kernels
+from pennylane_qattn.transforms import is_transformed
+
+#: Weights that are made at a time: a MiB in float32 on a CPU.
+BLOCK_ELEMENTS = {"cpu": 2**18}
+#: Queries at a time, where keys are many: later keys than theirs are left out.
+BLOCK_ROWS = 128
+_OTHER_DEVICES = 2**26
+#: Negative squared distances below which all count as this one, by precision: their exponentials are far below
+#: rounding, while gradients through them would be subnormal numbers, ten times slower to multiply.
+LEAST = {torch.float32: -60.0, torch.float64: -600.0}
+
+
+def exponentials(negative_distances: Tensor) -> Tensor:
+    r""":math:`\exp(-\lVert q - k \rVert^2)` of the negative squared distances.
+
+    Rounding may leave a squared distance below zero, and the exponential would magnify that: it counts as 0.
+    """
+    return negative_distances.clamp(LEAST[negative_distances.dtype], 0).exp()
+
+
+def queries_of(q: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prepared"]:
+    r""":math:`[2q, -\lVert q \rVert^2, 1]`; its product with a key's is the negative squared distance."""
+    if is_transformed():
+        norm = -q.square().sum(-1, keepdim=True)
+        return torch.cat((2 * q, norm, torch.ones_like(norm)), dim=-1)
+    return _Augment.apply(q, 2, 0)
+
+
+def keys_of(k: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prepared"]:
+    r""":math:`[k, 1, -\lVert k \rVert^2]`."""
+    if is_transformed():
+        norm = -k.square().sum(-1, keepdim=True)
+        return torch.cat((k, torch.ones_like(norm), norm), dim=-1)
+    return _Augment.apply(k, 1, 1)
+
+
+def attend(
+    q: Float[Tensor, "batch heads queries prepared"],
+    k: Float[Tensor, "batch heads keys prepared"],
+    v: Float[Tensor, "batch heads keys features"],
+    is_causal: bool,
+    visible: Bool[Tensor, "batch keys"] | None,
+) -> Float[Tensor, "batch heads queries features"]:
+    """The weighted sums; a query that sees no key gives 0.
+
+    Args:
+        q, k: `q @ k^T` is the negative squared distance; queries are the last of the keys.
+        v: values; 0 where nobody sees them.
+        is_causal: a query sees no later key.
+        visible: `False` for keys that nobody sees.
+    """
+    if visible is not None:  # for each pair of batch and head
+        visible = visible.repeat_interleave(q.shape[1], dim=0)
+    out = _Attend.apply(*(t.flatten(0, 1) for t in (q, k, v)), is_causal, visible)
+    return out.unflatten(0, q.shape[:2])
+
+
+def plain_attend(
+    q: Float[Tensor, "pairs queries prepared"],
+    k: Float[Tensor, "pairs keys prepared"],
+    v: Float[Tensor, "pairs keys features"],
+    is_causal: bool,
+    visible: Bool[Tensor, "pairs keys"] | None,
+) -> Float[Tensor, "pairs queries features"]:
+    """The same in one piece, for pairs of batch and head."""
+    whole = _Block(slice(None), slice(None), slice(None), k.shape[1] - q.shape[1], is_causal, visible)
+    weights = whole.masked_(exponentials(q @ k.transpose(1, 2)).exp().clone())
+    return weights @ v / whole.totals(weights)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, visible: Tensor | None) -> Tensor:
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        for block in _blocks(q, k, is_causal, visible):
+            inner = _exponentials_(block.rows_of(q) @ block.keys_of(k).transpose(1, 2))
+            weights = block.masked_(inner.exp_())
+            torch.div(weights @ block.keys_of(v), block.totals(weights), out=block.rows_of(out))
+        ctx.save_for_backward(q, k, v, out, visible)
+        ctx.is_causal = is_causal
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        q, k, v, out, visible = ctx.saved_tensors
+        with torch.autocast(upstream.device.type, enabled=False):
+            if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
+                inputs = [t for t, wanted in zip((q, k, v), ctx.needs_input_grad, strict=False) if wanted]
+                out = plain_attend(q, k, v, ctx.is_causal, visible)
+                found = iter(torch.autograd.grad(out, inputs, upstream, create_graph=True))
+                return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), None, None
+            by_q, by_k, by_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            for block in _blocks(q, k, ctx.is_causal, visible):
+                queries, keys, above = block.rows_of(q), block.keys_of(k), block.rows_of(upstream)
+                inner = _exponentials_(queries @ keys.transpose(1, 2))
+                weights = block.masked_(inner.exp())
+                weights.div_(block.totals(weights))
+                block.keys_of(by_v).add_(weights.transpose(1, 2) @ above)
+                slopes = above @ block.keys_of(v).transpose(1, 2)
+                slopes.sub_((above * block.rows_of(out)).sum(-1, keepdim=True)).mul_(weights).mul_(inner)
+                block.keys_of(by_k).add_(slopes.transpose(1, 2) @ queries)
+                block.rows_of(by_q).copy_(slopes @ keys)
+        return by_q, by_k, by_v, None, None
+
+
+def _exponentials_(negative_distances: Tensor) -> Tensor:
+    return negative_distances.clamp_(LEAST[negative_distances.dtype], 0).exp_()
+
+
+class _Augment(torch.autograd.Function):
+    """The vector times a factor, and after it its negative squared norm and a one, in this order or the other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: int, place: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.factor, ctx.place = factor, place
+        width = x.shape[-1]
+        out = x.new_empty(*x.shape[:-1], width + 2)
+        if kernels.serve(x):
+            rows = x.reshape(-1, width)
+            kernels.run(_augment, len(rows), rows, out.view(-1, width + 2), factor, width + place, width + 1 - place)
+        else:
+            torch.mul(x, factor, out=out[..., :width])
+            out[..., width + place] = -x.square().sum(-1)
+            out[..., width + 1 - place] = 1
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (x,) = ctx.saved_tensors
+        width = x.shape[-1]
+        by_norm = upstream[..., width + ctx.place, None]
+        return torch.addcmul(ctx.factor * upstream[..., :width], x, by_norm, value=-2), None, None
+
+
+@kernels.compiled
+def _augment(x, out, factor, norm, one, first, last):
+    width = x.shape[1]
+    for row in range(first, last):
+        total = x.dtype.type(0)
+        for i in range(width):
+            total += x[row, i] * x[row, i]
+            out[row, i] = x.dtype.type(factor) * x[row, i]
+        out[row, norm] = -total
+        out[row, one] = 1
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries of some pairs of batch and head, and the keys that they may see.
+
+    Attributes:
+        offset: keys that the first of all queries sees besides its own token's.
+    """
+
+    pairs: slice
+    rows: slice
+    keys: slice
+    offset: int
+    is_causal: bool
+    visible: Tensor | None
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        return tensor[self.pairs, self.rows]
+
+    def keys_of(self, tensor: Tensor) -> Tensor:
+        return tensor[self.pairs, self.keys]
+
+    def masked_(self, weights: Float[Tensor, "pairs rows keys"]) -> Float[Tensor, "pairs rows keys"]:
+        """The same with 0, written in its place, where a query does not see a key."""
+        if self.is_causal:
+            seen = self.offset + (self.rows.start or 0)  # by the first of these rows, beside its own token
+            weights.tril_(seen)
+        if self.visible is not None:
+            weights.masked_fill_(~self.keys_of(self.visible)[:, None], 0.0)
+        return weights
+
+    @staticmethod
+    def totals(weights: Float[Tensor, "pairs rows keys"]) -> Float[Tensor, "pairs rows 1"]:
+        """What rows sum up to; not 0 where a query sees no key. A single weight is 1 at least."""
+        return weights.sum(-1, keepdim=True).clamp(min=0.5)
+
+
+def _blocks(q: Tensor, k: Tensor, is_causal: bool, visible: Tensor | None) -> Iterator[_Block]:
+    (pairs, queries, _), keys = q.shape, k.shape[1]
+    room = BLOCK_ELEMENTS.get(q.device.type, _OTHER_DEVICES)
+    rows_at_once = max(1, min(queries, BLOCK_ROWS, room // max(1, keys)))
+    pairs_at_once = max(1, room // max(1, rows_at_once * keys))
+    for pair in range(0, pairs, pairs_at_once):
+        for row in range(0, queries, rows_at_once):
+            end = min(row + rows_at_once, queries)
+            seen = slice(0, keys - queries + end) if is_causal else slice(0, keys)
+            yield _Block(slice(pair, pair + pairs_at_once), slice(row, end), seen, keys - queries, is_causal, visible)

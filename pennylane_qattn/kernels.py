@@ -1,0 +1,64 @@
+"""Kernels for the CPU, compiled by Numba where it is installed (the extra `fast`).
+
+Torch has no fused operation for what a circuit ends with, many short signed sums of products of amplitudes, and writes
+every product out. A kernel keeps a few tokens in the processor's cache, one per lane of its vector unit. Without Numba,
+on other processors, under `torch.compile` and under `torch.func`, torch computes the same values by itself.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pennylane_qattn.transforms import is_transformed
+
+try:
+    import numba
+except ImportError:
+    numba = None
+
+#: Fewest tokens that are worth a thread of their own, and what its share is a multiple of.
+_SHARE, _STEP = 512, 128
+#: Set to 0 in the environment, kernels are left out.
+SWITCH = "QATTN_KERNELS"
+
+
+def serve(*tensors: Tensor) -> bool:
+    """Whether kernels are there, and can work on these: float32 or float64 in the CPU's memory, no transformed call."""
+    if numba is None or os.environ.get(SWITCH, "1") == "0" or is_transformed():
+        return False
+    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+
+
+def compiled(function: Callable) -> Callable:
+    """A kernel of a function `(*arguments, first, last)` that works on tokens `first` to `last`."""
+    if numba is None:
+        return function
+    # tests wrap every function of the package to check its shapes; the compiler wants the function itself
+    plain = inspect.unwrap(function)
+    # sums may be added up in any order, several at a time
+    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})(plain)
+
+
+def run(kernel: Callable, tokens: int, *arguments: Tensor | np.ndarray | int) -> None:
+    """Runs a kernel on all tokens, divided among as many threads as torch has.
+
+    Each thread writes to its own tokens, so their number does not matter to the result.
+    """
+    plain = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    parts = max(1, min(torch.get_num_threads(), tokens // _SHARE))
+    edges = [tokens * part // parts // _STEP * _STEP for part in range(parts)] + [tokens]
+    others = [_pool(parts - 1).submit(kernel, *plain, *edges[i : i + 2]) for i in range(1, parts)]
+    kernel(*plain, *edges[:2])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="qattn-kernel")

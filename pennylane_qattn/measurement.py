@@ -1,0 +1,143 @@
+r"""Pauli words of folded circuits, from the states: :math:`v_w = \langle a|M^\dagger P_w M|a\rangle`.
+
+:math:`a` are the encoded amplitudes of a token, and :math:`M` takes them to the state. Here the words are evaluated in
+the state, by kernels of the CPU; `Fold.readout` with `quadratic.py` does the same by changes of basis, on any device.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pennylane_qattn import kernels
+from pennylane_qattn.observables import group_words
+from pennylane_qattn.word_kernels import WordTable, measure, measure_backward
+
+#: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
+BLOCK_ELEMENTS = 2**18
+#: What a term of a kernel costs, counted in multiplications of a matrix product.
+_TERM_COST = 4
+#: Rows of the states stand at addresses that do not fall together in the cache.
+_APART = 16
+
+
+class WordMeasurement:
+    """The words of one or several heads, as many for each.
+
+    Args:
+        words: for each head its Pauli words.
+        is_complex: whether states have imaginary amplitudes.
+    """
+
+    def __init__(self, words: Sequence[Sequence[str]], is_complex: bool):
+        self.words, self.is_complex = [tuple(head) for head in words], is_complex
+        self._tables: dict[torch.dtype, list[WordTable]] = {}
+        self._distinct = max(len(set(head)) for head in self.words)
+        self._settings: int | None = None
+
+    def serves(self, a: Float[Tensor, "#heads tokens amplitudes"]) -> bool:
+        """Whether the words are evaluated here: kernels are there, and take less than changes of basis."""
+        if not kernels.serve(a):
+            return False
+        if self._settings is None:
+            self._settings = max(len(group_words(head)) for head in self.words)
+        amplitudes, words = a.shape[-1], len(self.words[0])
+        return amplitudes + _TERM_COST * self._distinct <= self._settings * (amplitudes + words)
+
+    def __call__(
+        self, a: Float[Tensor, "#heads tokens amplitudes"], rows: Float[Tensor, "heads rows amplitudes"]
+    ) -> Float[Tensor, "heads tokens words"]:
+        """The values of all words.
+
+        Args:
+            a: encoded amplitudes, one set for all heads or one for each.
+            rows: :math:`M` of each head, real rows and, where states are complex, imaginary ones below.
+        """
+        return _Measure.apply(a, rows, self._of(a.dtype))
+
+    def _of(self, dtype: torch.dtype) -> list[WordTable]:
+        if dtype not in self._tables:
+            number = np.dtype(str(dtype).removeprefix("torch."))
+            self._tables[dtype] = [WordTable.of(head, self.is_complex, number) for head in self.words]
+        return self._tables[dtype]
+
+
+class _Measure(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, rows: Tensor, tables: list[WordTable]) -> Tensor:
+        ctx.save_for_backward(a, rows)
+        ctx.tables = tables
+        heads, tokens = rows.shape[0], a.shape[1]
+        out = a.new_empty(heads, tokens, len(tables[0].place))
+        states = _buffer(rows, a.shape[1])
+        for head, inputs in enumerate(a.expand(heads, -1, -1)):
+            table = tables[head]
+            for part in _blocks(inputs, rows):
+                made = torch.mm(rows[head], inputs[part].T, out=states[:, : len(inputs[part])])
+                kernels.run(measure, made.shape[1], made, *_arrays(table.values), table.place, out[head, part])
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        a, rows = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
+            with torch.autocast(upstream.device.type, enabled=False):
+                inputs = [t for t, wanted in zip((a, rows), ctx.needs_input_grad, strict=False) if wanted]
+                found = iter(torch.autograd.grad(plain_words(a, rows, ctx.tables), inputs, upstream, create_graph=True))
+            return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:2]), None
+        with torch.autocast(upstream.device.type, enabled=False):
+            return _Measure._gradients(a, rows, ctx.tables, upstream.contiguous(), ctx.needs_input_grad[1])
+
+    @staticmethod
+    def _gradients(a: Tensor, rows: Tensor, tables: list[WordTable], upstream: Tensor, rows_wanted: bool):
+        by_inputs = a.new_empty(rows.shape[0], *a.shape[1:])
+        by_rows = torch.zeros_like(rows) if rows_wanted else None
+        states, slopes = _buffer(rows, a.shape[1]), _buffer(rows, a.shape[1])
+        for head, inputs in enumerate(a.expand(len(rows), -1, -1)):
+            table = tables[head]
+            words = len(table.values.starts) - 1
+            for part in _blocks(inputs, rows):
+                tokens = len(inputs[part])
+                made = torch.mm(rows[head], inputs[part].T, out=states[:, :tokens])
+                slope = slopes[:, :tokens]
+                derivatives = _arrays(table.derivatives)
+                kernels.run(
+                    measure_backward, tokens, made, *derivatives, table.place, upstream[head, part], words, slope
+                )
+                torch.mm(slope.T, rows[head], out=by_inputs[head, part])
+                if rows_wanted:
+                    by_rows[head].addmm_(slope, inputs[part])
+        return by_inputs.sum_to_size(a.shape), by_rows, None
+
+
+def plain_words(a: Tensor, rows: Tensor, tables: Sequence[WordTable]) -> Tensor:
+    """The same in operations of torch, every product of amplitudes written out."""
+    states = a @ rows.transpose(1, 2)
+    found = []
+    for head, table in zip(states, tables, strict=True):
+        terms = table.values
+        left, right, coefficient = (torch.as_tensor(t) for t in (terms.left, terms.right, terms.coefficient))
+        of_word = torch.as_tensor(np.repeat(np.arange(len(terms.starts) - 1), np.diff(terms.starts)))
+        products = head[:, left] * head[:, right] * coefficient
+        sums = head.new_zeros(len(head), len(terms.starts) - 1).index_add(1, of_word, products)
+        found.append(sums[:, torch.as_tensor(table.place)])
+    return torch.stack(found)
+
+
+def _arrays(terms) -> tuple[np.ndarray, ...]:
+    return terms.starts, terms.left, terms.right, terms.coefficient
+
+
+def _buffer(rows: Tensor, tokens: int) -> Tensor:
+    return rows.new_empty(rows.shape[1], min(tokens, _block_size(rows)) + _APART)
+
+
+def _block_size(rows: Tensor) -> int:
+    return BLOCK_ELEMENTS // rows.shape[1] + 1
+
+
+def _blocks(inputs: Tensor, rows: Tensor) -> list[slice]:
+    size = _block_size(rows)
+    return [slice(first, first + size) for first in range(0, len(inputs), size)]
