@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu_new": lambda: nn.GELU(approximate="tanh")}
 
@@ -179,6 +180,10 @@ class GPT(nn.Module):
         config: its shape.
         attention: builds the attention of each layer, for example a mechanism of `pennylane_qattn`.
 
+    Attributes:
+        gradient_checkpointing: in training, blocks keep their input alone and run again for the gradient
+            (arXiv 1604.06174); `False` unless set.
+
     Shapes:
         tokens `(batch, seq)` of dtype int64 or int32; logits `(batch, seq, vocab_size)`.
 
@@ -191,6 +196,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, attention: AttentionFactory):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         width, eps = config.embed_dim, config.layer_norm_eps
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Embedding(config.block_size, width)
@@ -250,8 +256,10 @@ class GPT(nn.Module):
             places = places.masked_fill(key_padding_mask, 0)
         x = _embed(self.token_embedding, tokens, "token ids")
         x = self.embed_dropout(x + _embed(self.position_embedding, places, "position ids"))
+        runs_again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not caches
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, key_padding_mask=key_padding_mask, position_ids=position_ids, cache=cache)
+            context = {"key_padding_mask": key_padding_mask, "position_ids": position_ids, "cache": cache}
+            x = checkpoint(block, x, use_reentrant=False, **context) if runs_again else block(x, **context)
         return self.final_norm(x)
 
     def new_caches(self, batch_size: int) -> list[Cache]:

@@ -101,6 +101,9 @@ class LanguageModel(L.LightningModule):
             A run that is continued keeps its schedule, even if it is made longer.
         decay_all: all parameters decay, as with torch's AdamW left to itself.
         execution: how the circuits are run: folded, or on which device, with which gradients. No checkpoint keeps it.
+        compile: train with `torch.compile`; folded circuits only.
+        gradient_checkpointing: blocks keep their input alone in training and run again for the gradient: less memory,
+            a third more time.
 
     Raises:
         ValueError: one line naming the wrong value and the remedy.
@@ -130,6 +133,8 @@ class LanguageModel(L.LightningModule):
         schedule_steps: int | None = None,
         decay_all: bool = False,
         execution: Execution = Execution(),  # noqa: B008 a frozen value
+        compile: bool = False,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.tokenizer = tokenizer
@@ -147,6 +152,8 @@ class LanguageModel(L.LightningModule):
         config = model_config(preset, vocab_size=tokenizer.vocab_size, dropout=dropout, **sizes)
         self.attention: Mechanism = ATTENTION.build(attention)
         self.gpt = GPT(config, self.attention)
+        self.gpt.gradient_checkpointing = gradient_checkpointing
+        self.compile_training = compile
         self.set_execution(execution)
         self.metrics = nn.ModuleDict({"val": TextMetrics(tokenizer, text_windows=1024), "test": TextMetrics(tokenizer)})
         #: Cross-entropy (T,) at each position of the window, of the latest validation and test.
@@ -164,6 +171,8 @@ class LanguageModel(L.LightningModule):
         """Runs the circuits that way from now on; the weights stay as they are."""
         #: For every circuit feature map what runs it, and why.
         self.plans = set_execution(self.gpt, execution)
+        if self.compile_training and (device := next((p.device for p in self.plans if p.executor != "folded"), None)):
+            raise ValueError(f"torch.compile takes folded circuits only; leave compile out, or the device {device}")
         self.execution = execution
 
     @property
@@ -179,6 +188,8 @@ class LanguageModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()  # a model from a checkpoint comes in evaluation mode, and Lightning leaves the mode alone
+        if self.compile_training:
+            self.gpt.compile()  # in place, so that checkpoints have the names that they always have
         self.total_steps = self._continued_steps or self.optimisation.schedule_steps or self._steps_of_the_run()
         self._continued_steps = None
 

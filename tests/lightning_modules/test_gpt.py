@@ -409,3 +409,24 @@ for options in ({}, {"key_padding_mask": tokens < 3}):
     assert torch.equal(compiled(tokens, **options), model(tokens, **options))
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+@every_attention
+def test_blocks_that_run_again_give_the_same_gradients(attention):
+    """With dropout: the random numbers of the first run come again. Less is kept in between."""
+    model, ids = build(attention, dropout=0.3), tokens(seq=BLOCK)
+    model.train()
+    found = []
+    for runs_again in (False, True):
+        model.gradient_checkpointing = runs_again
+        torch.manual_seed(7)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t):
+            loss = model(ids).square().sum()
+        found.append((loss.detach(), sum(kept), torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    (loss, kept, gradients), (loss_again, kept_again, gradients_again) = found
+    assert torch.equal(loss, loss_again) and kept_again < kept / 2
+    for gradient, again in zip(gradients, gradients_again, strict=True):
+        assert (gradient is None) == (again is None)
+        if gradient is not None:
+            torch.testing.assert_close(again, gradient, rtol=1e-12, atol=1e-12)

@@ -16,7 +16,7 @@ from lightning_modules.gpt import PRESETS
 from lightning_modules.language_model import LanguageModel, Optimisation, model_config
 from lightning_modules.loggers import RunCSVLogger
 from lightning_modules.tokenizers import BPETokenizer, CharTokenizer
-from pennylane_qattn import ATTENTION, QISA, Classical, QISAAbsorbed
+from pennylane_qattn import ATTENTION, QISA, Classical, Execution, QISAAbsorbed
 
 pytestmark = [
     # Lightning 2.6 uses what torch 2.13 calls deprecated.
@@ -459,3 +459,30 @@ def test_loading_leaves_the_random_state_alone(build, data, trainer, tmp_path):
     torch.manual_seed(5)
     LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt")
     assert torch.equal(torch.rand(3), expected)
+
+
+# --- speed and memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"gradient_checkpointing": True}])
+def test_how_it_is_trained_changes_no_weight(build, data, trainer, monkeypatch, options):
+    """That it is compiled is only looked for: torch's compiler is slow, and what it makes is tested elsewhere."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    trained = []
+    for more in ({}, options):
+        L.seed_everything(0)
+        model = build("qisa", dropout=0.1, **more)
+        trainer().fit(model, data)
+        trained.append(model.state_dict())
+    assert compiled == (["GPT"] if "compile" in options else [])
+    assert trained[0].keys() == trained[1].keys()
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_compiled(build):
+    execution = Execution(executor="qnode", device="default.qubit")
+    with pytest.raises(ValueError, match="takes folded circuits only; leave compile out, or the device default.qubit"):
+        build("qisa", compile=True, execution=execution)
+    assert build("classical", compile=True, execution=execution).plans == []

@@ -439,6 +439,7 @@ def test_classical_is_torchs_multi_head_attention(x):
         ("qisa-absorbed", 2 * (16 * 16 + 16) + 16 * 16),
         ("gaussian", 3 * 16 * 16 + 1),
         ("overlap", 2 * 3 * 4 + 16 * 16 + 1),
+        ("ngram", 2 * 16 * 16 + 16 * (4 * 16 + 16) + 1),
         ("scaled-dot", 2 * 16 * 16 + 16 * 16),
     ],
 )

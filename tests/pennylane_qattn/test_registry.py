@@ -54,7 +54,7 @@ def test_names_stand_for_descriptions():
     [
         (
             lambda: ATTENTION.build("foo"),
-            "unknown attention 'foo'; choose from classical, gaussian, grover, grover-sparse, overlap, qisa",
+            "unknown attention 'foo'; choose from classical, gaussian, grover, grover-sparse, ngram, overlap, qisa",
         ),
         (
             lambda: ATTENTION.build("qisa", foo=1),
