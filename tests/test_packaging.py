@@ -200,7 +200,7 @@ def test_constraints_hold_pins_and_nothing_else():
 
 def test_every_import_is_declared():
     declared = requirements("options", "install_requires")
-    declared += [r for extra in ("hf", "index") for r in requirements("options.extras_require", extra)]
+    declared += [r for extra in ("fast", "hf", "index") for r in requirements("options.extras_require", extra)]
     names = {canonicalize_name(requirement.name) for requirement in declared}
     known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
     known |= sys.stdlib_module_names | set(PACKAGES)
