@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pennylane_qattn.features import FeatureMap
 from pennylane_qattn.neighbours import Recent, join_neighbours
 from pennylane_qattn.scores import Score
 from pennylane_qattn.transforms import is_transformed
+
+#: Most attention weights that are written out at a time, and kept for the gradient: 64 MiB in float32.
+MAX_WEIGHTS = 2**24
 
 
 class KeyValueCache:
@@ -121,6 +125,18 @@ class Visibility:
         """Some query may see no key at all."""
         return self.padding is not None
 
+    def of_rows(self, first: int, last: int) -> "Visibility":
+        """For the queries from `first` to before `last`; in order, without the keys that are later than theirs."""
+        keys = self.keys - self.queries + last if self.is_causal and self.is_in_order else self.keys
+        return Visibility(
+            last - first,
+            keys,
+            self.is_causal,
+            None if self.padding is None else self.padding[:, :keys],
+            None if self.query_positions is None else self.query_positions[:, first:last],
+            self.key_positions,
+        )
+
     def mask(self, device: torch.device) -> Bool[Tensor, "batch 1 queries keys"] | None:
         """`True` where query sees key; `None` where every query sees every key."""
         visible = None
@@ -170,6 +186,36 @@ def fused_attention(
         visible = visible | blind
     out = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=triangle, scale=score.scale)
     return (out if blind is None else out.masked_fill(blind, 0.0))[..., :width]
+
+
+def written_attention(
+    score: Score,
+    q: Float[Tensor, "batch heads queries prepared"],
+    k: Float[Tensor, "batch heads keys prepared"],
+    v: Float[Tensor, "batch heads keys features"],
+    visibility: Visibility,
+    dropout: float,
+) -> Float[Tensor, "batch heads queries features"]:
+    """The weighted sum with its weights written out."""
+    return F.dropout(attention_weights(score, q, k, visibility), dropout).to(v.dtype) @ v
+
+
+def blocked_attention(
+    score: Score,
+    q: Float[Tensor, "batch heads queries prepared"],
+    k: Float[Tensor, "batch heads keys prepared"],
+    v: Float[Tensor, "batch heads keys features"],
+    visibility: Visibility,
+    dropout: float,
+) -> Float[Tensor, "batch heads queries features"]:
+    """The same by blocks of rows, at most `MAX_WEIGHTS` weights at a time, which are made again for the gradient."""
+    rows = max(1, MAX_WEIGHTS // (q.shape[0] * q.shape[1] * visibility.keys))
+    done = []
+    for first in range(0, visibility.queries, rows):
+        part = visibility.of_rows(first, min(first + rows, visibility.queries))
+        sides = q[:, :, first : first + rows], k[:, :, : part.keys], v[:, :, : part.keys]
+        done.append(checkpoint(written_attention, score, *sides, part, dropout, use_reentrant=False))
+    return torch.cat(done, dim=2)
 
 
 def structured_attention(
@@ -273,9 +319,13 @@ class Attention(nn.Module):
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
         elif self._can_be_structured(visibility, dropout):
             heads = structured_attention(self.score, q, k, v, visibility)
-        else:
+        elif not self._applies_weights_as_they_are:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
             heads = self.applied(weights, visibility).to(v.dtype) @ v
+        elif q.shape[0] * q.shape[1] * visibility.queries * visibility.keys <= MAX_WEIGHTS or is_transformed():
+            heads = written_attention(self.score, q, k, v, visibility, dropout)
+        else:
+            heads = blocked_attention(self.score, q, k, v, visibility, dropout)
         out = self.out_proj(heads.transpose(1, 2).flatten(2))
         if not visibility.may_be_blind:
             return out

@@ -17,6 +17,8 @@ from pennylane_qattn.word_kernels import WordTable, measure, measure_backward
 
 #: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
 BLOCK_ELEMENTS = 2**18
+#: Fewer tokens, as in generation, are done before a kernel has been called for every head.
+FEWEST_TOKENS = 32
 #: What a term of a kernel costs, counted in multiplications of a matrix product.
 _TERM_COST = 4
 #: Rows of the states stand at addresses that do not fall together in the cache.
@@ -39,7 +41,7 @@ class WordMeasurement:
 
     def serves(self, a: Float[Tensor, "#heads tokens amplitudes"]) -> bool:
         """Whether the words are evaluated here: kernels are there, and take less than changes of basis."""
-        if not kernels.serve(a):
+        if a.shape[1] < FEWEST_TOKENS or not kernels.serve(a):
             return False
         if self._settings is None:
             self._settings = max(len(group_words(head)) for head in self.words)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pennylane_qattn.transforms import is_transformed
 
+#: Fewer tokens, as in generation, are not worth blocks.
+FEWEST_TOKENS = 32
 #: Elements of the intermediate per block: half a MiB in float32 on a CPU, which its second-level cache holds.
 BLOCK_ELEMENTS = {"cpu": 2**19}
 _OTHER_DEVICES = 2**26
@@ -27,8 +29,9 @@ def quadratic_forms(
         rows: the matrix `A` of each head.
         signs: the matrix `S` of each head; it gets no gradient.
     """
-    # Transformed (torch.func) and compiled calls take the formula as it stands; they plan their own memory.
-    if is_transformed():
+    # Transformed (torch.func) and compiled calls take the formula as it stands, as they plan their own memory; and so
+    # do few tokens, as there is nothing to save.
+    if is_transformed() or a.shape[1] < FEWEST_TOKENS:
         return plain_quadratic_forms(a, rows, signs)
     return _Blocked.apply(a, rows, signs)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pennylane_qattn import GaussianScore, ScaledDotScore
+from pennylane_qattn import GaussianScore, ScaledDotScore, attention, build_attention
 from pennylane_qattn.attention import KeyValueCache, Visibility, attention_weights, fused_attention
 
 
@@ -55,3 +55,45 @@ def test_cache_grows_by_what_is_appended(rng):
         held, *_ = cache.append(keys, keys, None, None)
         assert torch.equal(held[:, :, -new:], keys)
     assert len(cache) == held.shape[2] == 3
+
+
+@pytest.mark.parametrize("name", ["overlap", "grover", "qisa"])
+@pytest.mark.parametrize("case", ["triangle", "all", "padded", "positions", "last queries"])
+def test_blocks_of_rows_equal_weights(name, case, rng, monkeypatch):
+    """Values and gradients, however few weights are written out at a time."""
+    torch.manual_seed(1)
+    layer = build_attention(name, 6, 2, 7, is_causal=case != "all").double()
+    x = torch.randn(3, 7, 6, dtype=torch.float64, generator=rng).requires_grad_()
+    options = {}
+    if case == "padded":
+        options["key_padding_mask"] = torch.rand(3, 7, generator=rng) < 0.3
+    if case == "positions":
+        options["position_ids"] = torch.stack([torch.randperm(7, generator=rng) for _ in range(3)])
+
+    def run():
+        if case == "last queries":
+            cache = layer.new_cache(3)
+            return torch.cat([layer(x[:, :3], cache=cache), layer(x[:, 3:], cache=cache)], dim=1)
+        return layer(x, **options)
+
+    found = []
+    for most in (2**24, 100):
+        monkeypatch.setattr(attention, "MAX_WEIGHTS", most)
+        monkeypatch.setattr(type(layer.score), "is_structured", False)
+        out = run()
+        found.append((out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))))
+    for whole, blocked in zip(*found, strict=True):
+        torch.testing.assert_close(blocked, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_of_rows_drop_the_same_weights_in_both_runs(rng, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 50)
+    torch.manual_seed(1)
+    layer = build_attention("overlap", 4, 1, 9, dropout=0.5).double()
+    x = torch.randn(1, 9, 4, dtype=torch.float64, generator=rng)
+
+    def loss(x):
+        torch.manual_seed(5)
+        return layer(x).square().sum()
+
+    assert torch.autograd.gradcheck(loss, x.requires_grad_())

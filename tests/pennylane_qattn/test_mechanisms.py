@@ -114,6 +114,17 @@ def test_cached_equals_uncached(make, chunks, dtype, close, x):
     assert len(cache) == SEQ
 
 
+@pytest.mark.usefixtures("few_tokens")
+def test_few_tokens_give_what_many_give(make, dtype, close, x):
+    """One by one, and beside so many others that kernels and blocks are used."""
+    module, x = make().to(dtype).eval(), x.to(dtype)
+    cache = module.new_cache(BATCH)
+    with torch.no_grad():
+        many = module(torch.cat((x, torch.ones(60, SEQ, EMBED, dtype=dtype))))[:BATCH]
+        close(module(x), many)
+        close(torch.cat([module(part, cache=cache) for part in x.split(1, dim=1)], dim=1), many)
+
+
 def test_gradients_flow_through_the_cache(make, x):
     module = make().double()
     cache = module.new_cache(BATCH)
