@@ -51,7 +51,12 @@ pygments_style, pygments_dark_style = "default", "monokai"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 #: Titles of pages that a command writes without one.
-TITLES = {"honest-table/table": "The honest table, so far", "grover/training": "Amplification, trained"}
+TITLES = {
+    "honest-table/table": "The honest table, so far",
+    "hunt/table": "Candidates on validation text",
+    "confirm-16/table": "N-gram attention of width 16, on test text",
+    "grover/training": "Amplification, trained",
+}
 
 
 def add_title(app, page: str, source: list[str]) -> None:

@@ -240,7 +240,7 @@ class TrainingCLI(LightningCLI):
                 if value == -1:
                     continue
                 rule += ", or -1 for no limit"
-            raise ValueError(f"{name} must be {rule}; got {value}")
+            raise ValueError(f"{name} must be {rule}; got {value:g}")
 
     @property
     def run_folder(self) -> Path:

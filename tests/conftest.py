@@ -9,26 +9,6 @@ install_import_hook("pennylane_qattn", "beartype.beartype")
 
 torch.set_num_threads(1)
 
-# The small inputs of tests go the way of large batches; that few tokens, which are done more simply, give the same is
-# tested where it is decided.
-from pennylane_qattn import double_exponential, measurement, quadratic  # noqa: E402 after the hook
-
-FEWEST = {
-    (measurement, "FEWEST_TOKENS"): measurement.FEWEST_TOKENS,
-    (quadratic, "FEWEST_TOKENS"): quadratic.FEWEST_TOKENS,
-    (double_exponential, "FEWEST_NUMBERS"): double_exponential.FEWEST_NUMBERS,
-}
-for _module, _name in FEWEST:
-    setattr(_module, _name, 0)
-
-
-@pytest.fixture
-def few_tokens(monkeypatch):
-    """Small inputs are recognised as such, as they are outside the tests."""
-    for (module, name), value in FEWEST.items():
-        monkeypatch.setattr(module, name, value)
-
-
 #: Absolute and relative tolerance of exact methods by precision; the same everywhere.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
