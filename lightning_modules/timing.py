@@ -36,16 +36,34 @@ def interleaved_ratios(
     """
     if baseline not in functions:
         raise ValueError(f"the baseline must be one of {', '.join(functions)}; got {baseline!r}")
+    seconds = interleaved_seconds(functions, rounds, synchronize)
+    return {name: quotients(values, seconds[baseline]) for name, values in seconds.items()}
+
+
+def interleaved_seconds(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int | Iterable[object],
+    synchronize: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """The time of each function in every round, in seconds; the arguments are those of `interleaved_ratios`.
+
+    Raises:
+        ValueError: if there is not one round.
+    """
     if isinstance(rounds, int) and rounds < 1:
         raise ValueError(f"rounds must be positive; got {rounds}")
-    ratios: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         seconds_of(function, synchronize)
     for _ in range(rounds) if isinstance(rounds, int) else rounds:
-        seconds = {name: seconds_of(function, synchronize) for name, function in functions.items()}
-        for name, value in seconds.items():
-            ratios[name].append(value / seconds[baseline])
-    return ratios
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function, synchronize))
+    return seconds
+
+
+def quotients(values: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Value over reference of the same round."""
+    return [value / other for value, other in zip(values, reference, strict=True)]
 
 
 def seconds_of(function: Callable[[], object], synchronize: Callable[[], object] | None = None) -> float:
@@ -57,9 +75,14 @@ def seconds_of(function: Callable[[], object], synchronize: Callable[[], object]
     return time.perf_counter() - begun
 
 
-def describe_spread(values: Sequence[float]) -> str:
-    """Median, lowest and highest, to two decimals: `2.61 (2.55 to 2.70)`."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def two_decimals(value: float) -> str:
+    """`2.61`."""
+    return f"{value:.2f}"
+
+
+def describe_spread(values: Sequence[float], form: Callable[[float], str] = two_decimals) -> str:
+    """Median, lowest and highest, each written by `form`: `2.61 (2.55 to 2.70)`."""
+    return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------
@@ -78,6 +101,19 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Te
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def forward(layer: nn.Module, inputs: Tensor) -> None:
+    """One forward pass of a layer without gradients."""
+    with torch.no_grad():
+        layer(inputs)
+
+
+def forward_and_backward(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """The gradient of a layer's summed squares by its inputs; by its parameters it is added to theirs."""
+    inputs = inputs.clone().requires_grad_()
+    layer(inputs).square().sum().backward()
+    return inputs.grad
 
 
 def _training_loss(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -12,8 +12,12 @@ from lightning_modules.gpt import GPT, preset
 from lightning_modules.timing import (
     activation_bytes,
     describe_spread,
+    forward,
+    forward_and_backward,
     inference,
     interleaved_ratios,
+    interleaved_seconds,
+    quotients,
     seconds_of,
     training_step,
 )
@@ -98,8 +102,31 @@ def test_what_cannot_be_timed():
         interleaved_ratios({"a": print}, "a", 0)
 
 
+def test_seconds_of_every_round(clock):
+    waits = iter([9, 9, 1, 2, 3, 5])
+    functions = {"a": lambda: clock.passing(next(waits)), "b": lambda: clock.passing(next(waits))}
+    seconds = interleaved_seconds(functions, 2)
+    assert seconds == {"a": [1, 3], "b": [2, 5]}  # the nines warm up
+    assert quotients(seconds["b"], seconds["a"]) == [2, 5 / 3]
+
+
 def test_the_spread_in_words():
     assert describe_spread([2.704, 2.61, 2.5451, 9.0]) == "2.66 (2.55 to 9.00)"
+    assert describe_spread([2.7, 9.0, 1.0], lambda value: f"{value:.0f}") == "3 (1 to 9)"
+
+
+def test_passes_of_a_layer():
+    """Squares of 3 x + 1 by hand: the slope is 6 (3 x + 1)."""
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 3.0)
+    nn.init.constant_(layer.bias, 1.0)
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    inputs = torch.tensor([[2.0], [5.0]])
+    forward(layer, inputs)
+    assert forward_and_backward(layer, inputs).flatten().tolist() == [42, 96]
+    assert seen == [False, True] and inputs.grad is None
+    assert layer.bias.grad.item() == 2 * (7 + 16)
 
 
 def test_inference_changes_nothing(tokens):

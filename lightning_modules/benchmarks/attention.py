@@ -1,0 +1,197 @@
+"""Every mechanism against classical attention on torch's fused kernels, inside the same GPT, on the same batch: time of
+inference and of a training step, and memory.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lightning_modules.benchmarks import machine
+from lightning_modules.benchmarks.checks import ROWS, check_fused, check_model
+from lightning_modules.benchmarks.memory import peak_bytes
+from lightning_modules.benchmarks.models import Setup
+from lightning_modules.benchmarks.options import (
+    BASELINE,
+    Variant,
+    add_common,
+    add_mechanisms,
+    counted,
+    mechanisms_of,
+    name_on,
+    positive,
+    positive_number,
+    shown,
+    spread_note,
+    synchronize_of,
+    working,
+)
+from lightning_modules.benchmarks.result import Cell, Column, Result, Target
+from lightning_modules.gpt import GPT, PRESETS, preset
+from lightning_modules.labels import LEAKS
+from lightning_modules.timing import activation_bytes, inference, interleaved_seconds, quotients, training_step
+from pennylane_qattn import ATTENTION
+
+#: Windows in a batch by preset: those of its config in `configs`, and for `gpt1` what a CPU can hold.
+BATCHES = {"qisa-16": 1024, "qisa-128": 128, "gpt1-tiny": 16, "gpt1": 1}
+#: Fields of the GPT that options replace.
+OVERRIDES = {"length": "block_size", "num_heads": "num_heads", "embed_dim": "embed_dim", "num_layers": "num_layers"}
+#: What is told as ratios to classical attention, by key; each may have a target.
+RATIOS = {"inference": "inference", "training": "training step", "peak": "peak memory", "activations": "activations"}
+MIB = 2**20
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `benchmark.py attention`."""
+    add_common(parser, rounds=21)
+    add_mechanisms(parser)
+    add = parser.add_argument
+    add("--preset", default="qisa-16", choices=sorted(PRESETS), help="the GPT (default: %(default)s)")
+    batches = ", ".join(f"{name} {batch:,}" for name, batch in BATCHES.items())
+    add("--batch", type=positive, metavar="N", help=f"windows in a batch (default: {batches})")
+    add("--length", type=_two_or_more, metavar="T", help="tokens of a window (default: the preset's)")
+    add("--num_heads", type=positive, metavar="H", help="heads (default: the preset's)")
+    add("--embed_dim", type=positive, metavar="D", help="width of the embedding (default: the preset's)")
+    add("--num_layers", type=positive, metavar="N", help="blocks (default: the preset's)")
+    help = "float32, or bfloat16 by autocast (default: %(default)s)"
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=help)
+    help = f"a ratio that NAME is to keep at most, shown with the result; WHAT is one of {', '.join(RATIOS)}"
+    add("--target", nargs=3, action="append", default=[], metavar=("NAME", "WHAT", "RATIO"), help=help)
+
+
+def run(options: argparse.Namespace) -> list[Result]:
+    """Inference, training step and memory of each mechanism as ratios to the classical one."""
+    replaced = {name: value for name in OVERRIDES if (value := getattr(options, name)) is not None}
+    config = preset(options.preset, **{OVERRIDES[name]: value for name, value in replaced.items()})
+    batch = options.batch or BATCHES[options.preset]
+    variants = mechanisms_of(options)
+    columns = _columns(options.target, {variant.label: variant.title for variant in variants})
+    reference = Setup(config, ATTENTION.build(BASELINE), batch, options.device, options.dtype)
+    baseline = reference.model()
+    with reference.precision():  # whatever is wrong is found before anything is timed
+        check_fused(baseline, reference.tokens())
+        for variant in variants:
+            model = replace(reference, mechanism=variant.mechanism).model()
+            leaks = variant.mechanism.is_published
+            check_model(variant.label, model, baseline, reference.tokens()[:ROWS], leaks)
+    own, notes = _memory(reference, baseline)
+    rows, seconds = [], []
+    for variant in variants:
+        setup = replace(reference, mechanism=variant.mechanism)
+        row, of_baseline, more = _row(variant, setup, baseline, own, options.rounds)
+        rows.append(row)
+        seconds.append(of_baseline)
+        notes += more
+    own_dtype = [options.dtype] if options.dtype != "float32" else []
+    name = "-".join(["attention", options.preset, *(f"{key}-{value}" for key, value in replaced.items()), *own_dtype])
+    setting = (
+        f"{counted(config.num_layers, 'layer')}, {counted(config.num_heads, 'head')}, width {config.embed_dim}, "
+        f"{config.block_size:,} tokens, batch {batch:,}, {options.dtype}"
+    )
+    return [
+        Result(
+            name_on(name, options.device),
+            f"Time and memory over classical attention, {options.preset}",
+            setting,
+            options.command_line,
+            machine.describe(options.device),
+            columns,
+            tuple(rows),
+            (*_explanations(options, own, seconds, variants), *dict.fromkeys(notes)),
+        )
+    ]
+
+
+def _columns(targets: list[list[str]], labels: dict[str, str]) -> tuple[Column, ...]:
+    """The columns with their targets, `labels` being what the rows of mechanisms are called."""
+    found: dict[str, list[Target]] = {key: [] for key in RATIOS}
+    for name, what, ratio in targets:
+        if name not in labels:
+            raise ValueError(f"a target is for one of the mechanisms {', '.join(labels)}; got {name!r}")
+        if what not in RATIOS:
+            raise ValueError(f"a target is for one of {', '.join(RATIOS)}; got {what!r}")
+        try:
+            found[what].append(Target(positive_number(ratio), rows=(labels[name],)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"the target of {name} {error}") from None
+    drawn = [Column(key, head, targets=tuple(found[key]), drawn=key != "activations") for key, head in RATIOS.items()]
+    return (Column("mechanism", "mechanism"), Column("parameters", "parameters"), *drawn)
+
+
+Memory = dict[str, int | None]
+
+
+def _memory(setup: Setup, model: GPT) -> tuple[Memory, list[str]]:
+    """The bytes of a training step, and what is to be said of them."""
+    with working(f"{setup.mechanism.name}: peak memory"):
+        peak, why_not = peak_bytes(setup)
+    with setup.precision():
+        kept = activation_bytes(model, setup.tokens())
+    return {"peak": peak, "activations": kept}, [why_not] if why_not else []
+
+
+def _row(
+    variant: Variant, setup: Setup, baseline: GPT, of_baseline: Memory, rounds: int
+) -> tuple[dict[str, Cell], dict[str, list[float]], list[str]]:
+    """The row of a mechanism, the seconds of classical attention beside it, and notes."""
+    model, tokens = setup.model(), setup.tokens()
+    memory, notes = _memory(setup, model)
+    row: dict[str, Cell] = {
+        "mechanism": variant.title,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    for key, own in memory.items():
+        row[f"{key.removesuffix('s')}_bytes"] = own
+        row[key] = own / of_baseline[key] if own is not None and of_baseline[key] else None
+    seconds_of_baseline = {}
+    contestants = {BASELINE: baseline, "own": model}
+    for kind, functions in _functions(contestants, tokens).items():
+        with setup.precision():
+            seconds = interleaved_seconds(
+                functions, shown(range(rounds), f"{variant.label}: {RATIOS[kind]}"), synchronize_of(setup.device)
+            )
+        row[kind], row[f"{kind}_seconds"] = quotients(seconds["own"], seconds[BASELINE]), seconds["own"]
+        seconds_of_baseline[kind] = seconds[BASELINE]
+    return row, seconds_of_baseline, notes
+
+
+def _functions(models: dict[str, GPT], tokens: torch.Tensor) -> dict[str, dict[str, Callable[[], None]]]:
+    """What is timed, by kind and model."""
+    optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-3) for name, model in models.items()}
+    return {
+        "inference": {name: lambda m=model: inference(m, tokens) for name, model in models.items()},
+        "training": {
+            name: lambda m=model, o=optimizers[name]: training_step(m, o, tokens) for name, model in models.items()
+        },
+    }
+
+
+def _explanations(
+    options: argparse.Namespace, own: Memory, seconds: list[dict[str, list[float]]], variants: list[Variant]
+) -> list[str]:
+    def milliseconds(kind: str) -> str:
+        medians = [1000 * statistics.median(each[kind]) for each in seconds]
+        return f"{statistics.median(medians):.3g} ms"
+
+    sizes = {key: "not known" if value is None else f"{value / MIB:,.1f} MiB" for key, value in own.items()}
+    texts = [
+        f"{spread_note(options.rounds)}; in a round the mechanism and classical "
+        "attention take turns. The row of classical attention is a second model of its kind: how far its ratios are "
+        "from 1 is what the machine adds.",
+        f"Classical attention takes {milliseconds('inference')} for inference, {milliseconds('training')} for a "
+        f"training step, {sizes['peak']} of peak memory and {sizes['activations']} of activations.",
+        "Peak memory: by how much a training step exceeds what is there before it. Activations: what is kept for the "
+        "backward pass.",
+    ]
+    if any(variant.mechanism.is_published for variant in variants):
+        texts.append(f"{LEAKS}: the published form, in which a token sees its future; it is no rival.")
+    return texts
+
+
+def _two_or_more(text: str) -> int:
+    number = positive(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("must be at least 2, for a token to have a past; got 1")
+    return number

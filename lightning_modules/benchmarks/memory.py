@@ -1,0 +1,91 @@
+"""Peak memory of a training step: what it takes beyond what was there before it.
+
+On a GPU torch's allocator knows. On a CPU the system knows, of a whole process, so the step runs in a fresh one: this
+module, run as a program, reads what to run as JSON from stdin and writes the bytes to stdout. Before the step there are
+the model, its gradients and the optimizer's state, from a step with one window, which also compiles and loads what is
+loaded at first use.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lightning_modules.benchmarks.models import Setup
+from lightning_modules.timing import training_step
+
+#: Linux forgets the highest mark of a process's memory when 5 is written here (proc(5)).
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+FORGET_PEAK = "5"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def peak_bytes(setup: Setup) -> tuple[int | None, str]:
+    """The bytes of a training step; or `None`, and why they are not known."""
+    if setup.device == "cuda":
+        return _peak_here(setup, _peak_on_gpu), ""
+    if not CLEAR.exists():
+        return None, "peak memory on a CPU is measured on Linux alone"
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    run = subprocess.run(
+        [sys.executable, "-m", __spec__.name],
+        input=json.dumps({"threads": torch.get_num_threads(), "setup": setup.to_plain()}),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode < 0:  # ended by the system, as when there is too little memory
+        return None, f"the process of {setup.mechanism.name} was ended by signal {-run.returncode}"
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or ["no word of why"]
+        raise RuntimeError(f"the process that measures memory failed: {lines[-1]}")
+    return json.loads(run.stdout)["bytes"], ""
+
+
+def _peak_here(setup: Setup, measure: Callable[[Callable[[], None]], int]) -> int:
+    model, tokens = setup.model(), setup.tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    with setup.precision():
+        training_step(model, optimizer, tokens[:1])
+        return measure(lambda: training_step(model, optimizer, tokens))
+
+
+def _peak_on_gpu(function: Callable[[], None]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_of_process(function: Callable[[], None]) -> int:
+    """By how many bytes this process is larger, at the most, while the function runs. On Linux."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc: what was freed goes back to the system
+    if trim is not None:
+        trim(0)
+    CLEAR.write_text(FORGET_PEAK)
+    before = _status("VmRSS")
+    function()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return 1024 * int(fields[name].split()[0])
+
+
+def main() -> None:
+    """Measures a training step of what stdin describes."""
+    given = json.load(sys.stdin)
+    torch.set_num_threads(given["threads"])
+    print(json.dumps({"bytes": _peak_here(Setup.from_plain(given["setup"]), peak_of_process)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Every mechanism against classical attention, on tiny sizes."""
+
+import json
+
+import pytest
+import torch
+
+from lightning_modules.benchmarks import attention, memory
+from lightning_modules.benchmarks.models import Setup
+from lightning_modules.benchmarks.result import Result
+from lightning_modules.gpt import preset
+from lightning_modules.timing import activation_bytes
+from pennylane_qattn import ATTENTION, Attention
+
+TINY = ("attention", "--batch", "3", "--rounds", "2", "--num_layers", "1", "--embed_dim", "4", "--length", "5")
+NAME = "attention-qisa-16-length-5-embed_dim-4-num_layers-1"
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch):
+    """Peak memory by a table, as starting a process takes seconds."""
+    peaks = {"classical": (1000, ""), "gaussian": (1500, ""), "qisa": (None, "not here")}
+    monkeypatch.setattr(attention, "peak_bytes", lambda setup: peaks.get(setup.mechanism.name, (2000, "")))
+
+
+def test_ratios_of_every_round(run):
+    mechanisms = ("classical", "gaussian:values=quadratic", "qisa")
+    status, out, err = run(*TINY, "--mechanisms", *mechanisms, "--target", "qisa", "inference", "1000000")
+    assert (status, err) == (0, "")
+    result = Result.read(run.folder / f"{NAME}.json")
+    assert (run.folder / f"{NAME}.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["mechanism"] for row in result.rows] == list(mechanisms)
+    for row in result.rows:
+        for kind in ("inference", "training"):
+            assert len(row[kind]) == 2 and min(row[kind]) > 0
+    classical, gaussian, qisa = result.rows
+    assert classical["inference"] != [1.0, 1.0]  # a second model, not the first one by itself
+    assert (classical["peak"], gaussian["peak"], qisa["peak"]) == (1.0, 1.5, None)
+    assert gaussian["peak_bytes"] == 1500 and "not here" in result.notes
+    config = preset("qisa-16", num_layers=1, embed_dim=4, block_size=5)
+    setup = Setup(config, ATTENTION.build("qisa"), 3)
+    kept = activation_bytes(setup.model(), setup.tokens())
+    assert qisa["activation_bytes"] == kept
+    assert qisa["activations"] == kept / classical["activation_bytes"]
+    assert qisa["parameters"] == sum(p.numel() for p in setup.model().parameters())
+    assert "1 layer, 1 head, width 4, 5 tokens, batch 3, float32" in out and "at most 1e+06: reached" in out
+    assert (
+        result.command.startswith("python scripts/benchmark.py attention --batch 3 ") and "output" not in result.command
+    )
+
+
+def test_published_forms_are_labelled(run):
+    status, out, _ = run(*TINY, "--mechanisms", "qsann", "--published", "--rounds", "1")
+    assert status == 0
+    result = Result.read(run.folder / f"{NAME}.json")
+    assert [row["mechanism"] for row in result.rows][:2] == ["qsann", "LEAKS: qisa-published"]
+    assert len(result.rows) == 5
+    assert "LEAKS: the published form" in out
+
+
+def test_bfloat16(run):
+    status, out, _ = run(*TINY, "--mechanisms", "gaussian", "qisa", "--dtype", "bfloat16", "--rounds", "1")
+    assert status == 0 and "bfloat16" in out
+    assert (run.folder / f"{NAME}-bfloat16.json").exists()
+
+
+class Zeros(Attention):
+    def forward(self, x, **context):
+        return 0 * super().forward(x, **context)
+
+
+class Wider(Attention):
+    def forward(self, x, **context):
+        return super().forward(x, **context).repeat(1, 1, 2)
+
+
+@pytest.mark.parametrize("planted, message", [(Zeros, "does not attend"), (Wider, "does not run on the tokens")])
+def test_another_kind_of_result_ends_the_run(run, plant, planted, message, monkeypatch):
+    monkeypatch.setattr(attention, "interleaved_seconds", None)  # the fault is found before anything is timed
+    status, out, err = run(*TINY, "--mechanisms", "classical", plant(planted))
+    assert status == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"benchmark.py: error: planted {message}")
+    assert list(run.folder.iterdir()) == []
+
+
+def test_a_baseline_that_is_not_fused_ends_the_run(run, monkeypatch):
+    monkeypatch.setattr("pennylane_qattn.ScaledDotScore.is_dot_product", False)
+    status, _, err = run(*TINY, "--mechanisms", "gaussian")
+    assert status == 1 and "torch's fused kernels" in err
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(not memory.CLEAR.exists(), reason="peak memory is read from Linux")
+
+
+@linux
+def test_the_peak_is_what_was_there_at_once():
+    mib = 2**20
+
+    def two_at_once_and_one_later():
+        first, second = torch.ones(40 * mib, dtype=torch.uint8), torch.ones(24 * mib, dtype=torch.uint8)
+        del first, second
+        torch.ones(40 * mib, dtype=torch.uint8)
+
+    assert memory.peak_of_process(two_at_once_and_one_later) / mib == pytest.approx(64, abs=4)
+    # the peak of before is forgotten
+    assert memory.peak_of_process(lambda: torch.ones(10 * mib, dtype=torch.uint8)) / mib == pytest.approx(10, abs=4)
+
+
+@linux
+def test_a_training_step_in_a_process_of_its_own():
+    config = preset("qisa-16", num_layers=1)
+    small, large = (Setup(config, ATTENTION.build("gaussian"), batch) for batch in (64, 1024))
+    found, why_not = memory.peak_bytes(large)
+    kept = activation_bytes(large.model(), large.tokens())
+    assert why_not == "" and kept < found < 6 * kept
+    assert Setup.from_plain(json.loads(json.dumps(small.to_plain()))) == small
+
+
+def test_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    setup = Setup(preset("qisa-16"), ATTENTION.build("gaussian"), 1)
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing")
+    assert memory.peak_bytes(setup) == (None, "peak memory on a CPU is measured on Linux alone")
+
+
+@linux
+def test_a_process_that_ends_otherwise(monkeypatch, tmp_path):
+    setup = Setup(preset("qisa-16"), ATTENTION.build("gaussian"), 1)
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(memory.sys, "executable", str(program))
+    assert memory.peak_bytes(setup) == (None, "the process of gaussian was ended by signal 9")
+    program.write_text("#!/bin/sh\necho one >&2\necho two >&2\nexit 3\n")
+    with pytest.raises(RuntimeError, match="the process that measures memory failed: two"):
+        memory.peak_bytes(setup)
+
+
+def test_on_a_gpu_its_allocator_is_asked(monkeypatch):
+    """The arithmetic, with the allocator's numbers made up."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: seen.append("before") or 300)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: seen.append("after") or 1000)
+    setup = Setup(preset("qisa-16", num_layers=1), ATTENTION.build("classical"), 2)
+    assert memory._peak_here(setup, memory._peak_on_gpu) == 700
+    assert seen == ["reset", "before", "after"]

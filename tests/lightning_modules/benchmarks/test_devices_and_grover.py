@@ -1,0 +1,71 @@
+"""Circuits on devices, amplification and sparse products, on tiny sizes."""
+
+import pytest
+import torch
+
+from lightning_modules.benchmarks.grover import LargestTensor
+from lightning_modules.benchmarks.result import Result
+from pennylane_qattn import CircuitLayer
+from pennylane_qattn.grover.sparse import SparseAttention
+
+GROVER = ("grover", "--length", "5", "--keys", "7", "--kept", "3", "--rounds", "2")
+
+
+def test_devices(run):
+    pairs = ("default.qubit:backprop", "lightning.qubit:parameter-shift", "default.qubit:spsa")
+    status, out, err = run("devices", "--tokens", "2", "--rounds", "2", "--pairs", *pairs)
+    assert (status, err) == (0, "")
+    backprop, shift, spsa = Result.read(run.folder / "devices.json").rows
+    assert len(backprop["ratio"]) == len(backprop["plain"]) == len(backprop["ours"]) == 2
+    for ratio, plain, ours in zip(backprop["ratio"], backprop["plain"], backprop["ours"], strict=True):
+        assert ratio == pytest.approx(plain / ours)
+    assert shift["plain"] == "raises NotImplementedError" and shift["ratio"] is None and len(shift["ours"]) == 2
+    assert backprop["executions"] == "1, 0"
+    assert "lightning.qubit" in out
+
+
+@pytest.mark.parametrize("what", ["values", "gradients"])
+def test_devices_with_other_results_end_the_run(run, monkeypatch, what):
+    right = CircuitLayer.forward
+
+    def other(self, inputs):
+        values = right(self, inputs)
+        return 1.001 * values if what == "values" else values + 0.001 * (inputs - inputs.detach()).sum()
+
+    monkeypatch.setattr(CircuitLayer, "forward", other)
+    status, _, err = run("devices", "--tokens", "2", "--rounds", "1", "--pairs", "default.qubit:backprop")
+    message = f"default.qubit:backprop: TorchLayer and CircuitLayer do not give the same {what}"
+    assert (status, err) == (1, f"benchmark.py: error: {message}\n")
+
+
+def test_grover(run):
+    status, _, err = run(*GROVER)
+    assert (status, err) == (0, "")
+    layers = Result.read(run.folder / "grover-layers.json").rows
+    assert layers[0]["inference"] == layers[0]["training"] == [1.0, 1.0]
+    assert len({row["layer"] for row in layers}) == 7
+    products = Result.read(run.folder / "grover-products.json").rows
+    assert [row["product"] for row in products] == ["sparse", "dense", "dense, matrix ready"]
+    # dense: the largest is what comes out, n x d; ready: the matrix itself, n x n
+    assert [row["numbers"] for row in products[1:]] == [7 * 64, 7 * 7]
+
+
+def test_products_that_differ_end_the_run(run, monkeypatch):
+    right = SparseAttention.__matmul__
+    monkeypatch.setattr(SparseAttention, "__matmul__", lambda self, v: right(self, v) * 1.01)
+    status, _, err = run(*GROVER)
+    assert (status, err) == (1, "benchmark.py: error: sparse: it is not the product that the others compute\n")
+
+
+def test_layers_that_differ_end_the_run(run, monkeypatch):
+    from pennylane_qattn import ScaledDotScore
+
+    monkeypatch.setattr(ScaledDotScore, "normalise", lambda self, scores, visible: scores.relu().tril())
+    status, _, err = run(*GROVER)
+    assert status == 1 and err.startswith("benchmark.py: error: softmax, fused: ")
+
+
+def test_the_largest_tensor_is_seen():
+    with LargestTensor() as seen:
+        (torch.ones(3, 5) @ torch.ones(5, 7)).sum()
+    assert seen.numbers == 35
