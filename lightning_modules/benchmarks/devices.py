@@ -19,8 +19,6 @@ FEATURES, WORDS = 16, 16
 PAIRS = (("lightning.qubit", "adjoint"), ("default.qubit", "backprop"), ("lightning.qubit", "parameter-shift"))
 #: Inputs of the check, and how far results may be apart.
 CHECKED, TOLERANCE = 3, 1e-7
-#: Methods whose gradients are not exact, so that those of two layers differ.
-APPROXIMATE = ("finite-diff", "spsa")
 
 COLUMNS = (
     Column("device", "device"),
@@ -54,7 +52,7 @@ def run(options: argparse.Namespace) -> list[Result]:
         plain.load_state_dict(ours.state_dict())
         why_not = refusal(plain, inputs[:2])
         layers = {"ours": ours} if why_not else {"plain": plain, "ours": ours}
-        check(layers, inputs[:CHECKED], f"{name}:{method}", gradients=method not in APPROXIMATE)
+        check(layers, inputs[:CHECKED], f"{name}:{method}")
         seconds = interleaved_seconds(
             {key: lambda layer=layer: forward_and_backward(layer, inputs) for key, layer in layers.items()},
             shown(range(options.rounds), f"{name}:{method}"),
@@ -91,16 +89,15 @@ def run(options: argparse.Namespace) -> list[Result]:
     ]
 
 
-def check(layers: dict[str, torch.nn.Module], inputs: Tensor, what: str, gradients: bool = True) -> None:
-    """All layers give the same values and, if they are exact, the same gradients by inputs.
+def check(layers: dict[str, torch.nn.Module], inputs: Tensor, what: str) -> None:
+    """All layers give the same values and the same gradients by inputs.
 
     Raises:
         CheckFailed: if they do not.
     """
-    kinds = ("values", "gradients") if gradients else ("values",)
     found = {key: (layer(inputs).detach(), forward_and_backward(layer, inputs)) for key, layer in layers.items()}
     for others in found.values():
-        for kind, own, other in zip(kinds, found["ours"], others, strict=False):
+        for kind, own, other in zip(("values", "gradients"), found["ours"], others, strict=True):
             if own.shape != other.shape or not torch.allclose(own, other, rtol=TOLERANCE, atol=TOLERANCE):
                 raise CheckFailed(f"{what}: TorchLayer and CircuitLayer do not give the same {kind}")
 

@@ -12,10 +12,10 @@ GROVER = ("grover", "--length", "5", "--keys", "7", "--kept", "3", "--rounds", "
 
 
 def test_devices(run):
-    pairs = ("default.qubit:backprop", "lightning.qubit:parameter-shift", "default.qubit:spsa")
+    pairs = ("default.qubit:backprop", "lightning.qubit:parameter-shift")
     status, out, err = run("devices", "--tokens", "2", "--rounds", "2", "--pairs", *pairs)
     assert (status, err) == (0, "")
-    backprop, shift, spsa = Result.read(run.folder / "devices.json").rows
+    backprop, shift = Result.read(run.folder / "devices.json").rows
     assert len(backprop["ratio"]) == len(backprop["plain"]) == len(backprop["ours"]) == 2
     for ratio, plain, ours in zip(backprop["ratio"], backprop["plain"], backprop["ours"], strict=True):
         assert ratio == pytest.approx(plain / ours)
