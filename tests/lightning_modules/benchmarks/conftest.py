@@ -55,7 +55,7 @@ def result():
     columns = (
         Column("mechanism", "mechanism"),
         Column("parameters", "parameters"),
-        Column("time", "time", targets=(Target(1.5), Target(3, at_least=True, rows=("b|c",))), drawn=True),
+        Column("time", "time", targets=(Target(1.5), Target(2.5, at_least=True, rows=("b|c",))), drawn=True),
         Column("memory", "memory", drawn=True),
     )
     rows = (

@@ -49,6 +49,19 @@ def test_ratios_of_every_round(run):
     )
 
 
+def test_the_mechanism_and_classical_attention_take_turns(run, monkeypatch):
+    timed = []
+
+    def record(kind):
+        return lambda model, *_: timed.append((kind, type(model.blocks[0].attention.score).__name__))
+
+    monkeypatch.setattr(attention, "inference", record("inference"))
+    monkeypatch.setattr(attention, "training_step", record("training"))
+    assert run(*TINY, "--mechanisms", "gaussian")[0] == 0
+    turns = ["ScaledDotScore", "GaussianScore"] * 3  # once to warm up
+    assert timed == [(kind, name) for kind in ("inference", "training") for name in turns]
+
+
 def test_published_forms_are_labelled(run):
     status, out, _ = run(*TINY, "--mechanisms", "qsann", "--published", "--rounds", "1")
     assert status == 0
@@ -62,6 +75,10 @@ def test_bfloat16(run):
     status, out, _ = run(*TINY, "--mechanisms", "gaussian", "qisa", "--dtype", "bfloat16", "--rounds", "1")
     assert status == 0 and "bfloat16" in out
     assert (run.folder / f"{NAME}-bfloat16.json").exists()
+    for dtype in ("bfloat16", "float32"):
+        setup = Setup(preset("qisa-16", num_layers=1), ATTENTION.build("gaussian"), 2, dtype=dtype)
+        with setup.precision():
+            assert str(setup.model()(setup.tokens()[:, :-1]).dtype) == f"torch.{dtype}"
 
 
 class Zeros(Attention):
@@ -140,11 +157,17 @@ def test_a_process_that_ends_otherwise(monkeypatch, tmp_path):
 
 def test_on_a_gpu_its_allocator_is_asked(monkeypatch):
     """The arithmetic, with the allocator's numbers made up."""
-    seen = []
+    seen, step = [], memory.training_step
+
+    def training_step(model, optimizer, tokens):
+        seen.append(f"a step with {len(tokens)}")
+        step(model, optimizer, tokens)
+
+    monkeypatch.setattr(memory, "training_step", training_step)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: seen.append("before") or 300)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: seen.append("after") or 1000)
     setup = Setup(preset("qisa-16", num_layers=1), ATTENTION.build("classical"), 2)
     assert memory._peak_here(setup, memory._peak_on_gpu) == 700
-    assert seen == ["reset", "before", "after"]
+    assert seen == ["a step with 1", "reset", "before", "a step with 2", "after"]

@@ -91,6 +91,14 @@ class KeysAsTheyAre(Attention):
         self.key_map.register_forward_hook(lambda module, inputs, output: output.detach())
 
 
+class KeysWithoutEffect(Attention):
+    """The keys' map gets a gradient, which is 0."""
+
+    def __init__(self, *maps, **options):
+        super().__init__(*maps, **options)
+        self.key_map.register_forward_hook(lambda module, inputs, output: output.detach() + 0 * output)
+
+
 class InfiniteGradient(Attention):
     def forward(self, x, **context):
         root = (x - x.detach()).abs().sum().sqrt()  # 0, with an infinite slope
@@ -107,12 +115,21 @@ class InfiniteGradient(Attention):
         (TwiceAsLong, "does not run on the tokens: RuntimeError"),
         (Detached, r"the parameter blocks\.0\.attention\.\S+ gets no gradient"),
         (KeysAsTheyAre, r"the parameter blocks\.0\.attention\.key_map\.linear\.weight gets no gradient"),
+        (KeysWithoutEffect, r"the parameter blocks\.0\.attention\.key_map\.linear\.weight gets no gradient"),
         (InfiniteGradient, "the gradient of .* is not finite"),
     ],
 )
 def test_a_fault_is_named(attention, message, plant, baseline, tokens):
     model = model_of(ATTENTION.build(plant(attention)))
     with pytest.raises(CheckFailed, match=f"^planted:? {message}"):
+        check_model("planted", model, baseline, tokens)
+
+
+def test_a_model_whose_attention_is_another_formula(baseline, tokens, monkeypatch):
+    model = model_of(ATTENTION.build("gaussian"))
+    right = GaussianScore.queries
+    monkeypatch.setattr(GaussianScore, "queries", lambda self, q: 1.1 * right(self, q))
+    with pytest.raises(CheckFailed, match="^planted differs by .* from softmax"):
         check_model("planted", model, baseline, tokens)
 
 
@@ -162,6 +179,8 @@ def test_the_gaussian_formula_by_hand():
 
 def test_the_baseline_has_to_be_fused(baseline, tokens, monkeypatch):
     check_fused(baseline, tokens)
+    with pytest.raises(CheckFailed), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        check_fused(baseline, tokens)
     monkeypatch.setattr(ScaledDotScore, "is_dot_product", False)
     with pytest.raises(CheckFailed, match="^classical attention did not run on torch's fused kernels"):
         check_fused(baseline, tokens)

@@ -36,7 +36,7 @@ def test_a_page_from_files(written, tmp_path, capsys):
     assert "```bash\npython x\n```" in text
     assert "| mechanism | parameters | time | target | memory |\n| --- | ---: | ---: | --- | ---: |\n" in text
     assert "| a | 12,345 | 1.25 (1.00 to 1.75) | at most 1.5: reached | 0.50 |" in text
-    assert "| b\\|c | 7 | 3.00 (2.00 to 250) | at most 1.5: not reached; at least 3: reached | – |" in text
+    assert "| b\\|c | 7 | 3.00 (2.00 to 250) | at most 1.5: not reached; at least 2.5: reached | – |" in text
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (page.parent / target).is_file(), target
     assert {path.name for path in (page.parent / "benchmark").iterdir()} == {

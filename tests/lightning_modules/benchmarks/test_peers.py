@@ -57,6 +57,16 @@ def test_all_peers_are_timed(run):
     assert "raises NotImplementedError" in out
 
 
+def test_speeds_are_those_of_a_token(run, monkeypatch):
+    """Every call takes two seconds, the first round, and four, the second; folded has four tokens, the others one."""
+    monkeypatch.setattr(peers, "_tokens", lambda peer, inputs, options: 4 if peer.name == peers.FOLDED else 1)
+    monkeypatch.setattr(peers, "interleaved_seconds", lambda functions, *_: {peer: [2.0, 4.0] for peer in functions})
+    assert run(*TINY, "--pairs", "default.qubit:backprop")[0] == 0
+    folded, *others = Result.read(run.folder / "peers-2-qubits.json").rows
+    assert (folded["per_second"], folded["ratio"], folded["tokens"]) == ([2.0, 1.0], [1.0, 1.0], 4)
+    assert {(*row["per_second"], *row["ratio"], row["tokens"]) for row in others} == {(0.5, 0.25, 4.0, 4.0, 1)}
+
+
 def test_gradients_that_are_no_numbers_are_told(run):
     # with zeros among the amplitudes
     status, out, _ = run(*TINY, "--features", "3", "--pairs", "default.qubit:adjoint", "--rounds", "1")

@@ -32,7 +32,7 @@ def test_targets_are_told_by_the_median(result):
     assert headings == ["mechanism", "parameters", "time", "target", "memory"]
     assert rows == [
         ["a", "12,345", "1.25 (1.00 to 1.75)", "at most 1.5: reached", "0.50"],
-        ["b|c", "7", "3.00 (2.00 to 250)", "at most 1.5: not reached; at least 3: reached", "–"],
+        ["b|c", "7", "3.00 (2.00 to 250)", "at most 1.5: not reached; at least 2.5: reached", "–"],
     ]
     assert result.text_columns == {"mechanism", "target"}
     assert Column("time", "time", targets=(Target(2),)).target_text({"time": None}, "a") == "at most 2: not measured"
@@ -90,7 +90,7 @@ def test_bars_end_at_the_medians_and_lines_at_the_extremes(result):
     assert time.get_xscale() == "log" and memory.get_xscale() == "linear"  # 250 is far from 1
     segments = [line for collection in time.collections for line in collection.get_segments()]
     ends = sorted({(*line[:, 0],) for line in map(lambda line: line.round(6), segments)})
-    assert ends == [(1.0, 1.75), (1.5, 1.5), (2.0, 250.0), (3.0, 3.0)]  # two spreads, and the bounds of the targets
+    assert ends == [(1.0, 1.75), (1.5, 1.5), (2.0, 250.0), (2.5, 2.5)]  # two spreads, and the bounds of the targets
     assert [label.get_text() for label in time.get_yticklabels()] == ["a", "b|c"]
     assert picture(result).startswith(b"\x89PNG")
 
