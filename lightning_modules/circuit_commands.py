@@ -414,8 +414,8 @@ def _head(source: CircuitSource, options: argparse.Namespace) -> HeadCircuit:
 def _vector(source: CircuitSource, shown: HeadCircuit, options: argparse.Namespace) -> tuple[Tensor, str]:
     """The vector that a head encodes, and where it comes from."""
     if options.text is not None:
-        embedding, position = layer_input(source.model, options.text, shown.layer, options.position)
-        return embedding[shown.inputs], f"token at position {position} of {options.text!a}"
+        read, position = layer_input(source.model, options.text, shown.layer, options.position, shown.map)
+        return read[shown.inputs], f"token at position {position} of {options.text!a}"
     return _read_vector(options.input, shown.circuit.num_features), f"input from {options.input!a}"
 
 

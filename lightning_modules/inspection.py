@@ -64,7 +64,7 @@ class HeadCircuit:
         circuit: what is run.
         weights: its angles, radians.
         measures_words: whether Pauli words are measured; otherwise final states are compared.
-        inputs: the entries of the embedding that it encodes.
+        inputs: the entries of what the map reads that it encodes.
     """
 
     layer: int
@@ -124,17 +124,20 @@ def attentions_of(gpt: GPT) -> list[Attention]:
 
 
 @torch.no_grad()
-def layer_input(model: LanguageModel, text: str, layer: int, position: int | None = None) -> tuple[Tensor, int]:
-    """What the attention of a layer reads at one token of a text.
+def layer_input(
+    model: LanguageModel, text: str, layer: int, position: int | None = None, map: str = "value"
+) -> tuple[Tensor, int]:
+    """What a map of a layer reads at one token of a text: its embedding, and joined to it those that `span` adds.
 
     Args:
         model: a model in evaluation mode.
         text: at most `block_size` tokens.
         layer: counted from 1.
         position: of the token, counted from 0; by default the last one.
+        map: "query", "key" or "value".
 
     Returns:
-        The embedding `(embed,)`, and the position.
+        The vector `(embed,)`, for values `(embed * span,)`, and the position.
 
     Raises:
         ValueError: if the text is empty or too long, or has no such position.
@@ -147,7 +150,8 @@ def layer_input(model: LanguageModel, text: str, layer: int, position: int | Non
     if not 0 <= position < len(ids):
         raise ValueError(f"position must be 0 to {len(ids) - 1} in this text of {len(ids)} tokens; got {position}")
     seen: list[Tensor] = []
-    hook = attentions_of(model.gpt)[layer - 1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    read = getattr(attentions_of(model.gpt)[layer - 1], f"{map}_map")
+    hook = read.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         model.gpt(torch.tensor([ids], device=model.device))
     finally:

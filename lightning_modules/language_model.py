@@ -103,7 +103,7 @@ class LanguageModel(L.LightningModule):
         execution: how the circuits are run: folded, or on which device, with which gradients. No checkpoint keeps it.
         compile: train with `torch.compile`; folded circuits only.
         gradient_checkpointing: blocks keep their input alone in training and run again for the gradient: less memory,
-            a third more time.
+            more time.
 
     Raises:
         ValueError: one line naming the wrong value and the remedy.

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pennylane_qattn import kernels
-from pennylane_qattn.transforms import is_transformed
+from pennylane_qattn.transforms import is_batched
 
 #: Weights that are made at a time: a MiB in float32 on a CPU.
 BLOCK_ELEMENTS = {"cpu": 2**18}
@@ -23,7 +23,7 @@ _OTHER_DEVICES = 2**26
 #: Numbers that are prepared faster by the formula as it stands.
 FEWEST_NUMBERS = 2**12
 #: Negative squared distances below which all count as this one, by precision: their exponentials are far below
-#: rounding, while gradients through them would be subnormal numbers, ten times slower to multiply.
+#: rounding, while gradients through them would be subnormal numbers, many times slower to multiply.
 LEAST = {torch.float32: -60.0, torch.float64: -600.0}
 
 
@@ -37,18 +37,21 @@ def exponentials(negative_distances: Tensor) -> Tensor:
 
 def queries_of(q: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prepared"]:
     r""":math:`[2q, -\lVert q \rVert^2, 1]`; its product with a key's is the negative squared distance."""
-    if _is_small(q):
-        norm = -q.square().sum(-1, keepdim=True)
-        return torch.cat((2 * q, norm, torch.ones_like(norm)), dim=-1)
-    return _Augment.apply(q, 2, 0)
+    return _prepared(q, 2, 0)
 
 
 def keys_of(k: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prepared"]:
     r""":math:`[k, 1, -\lVert k \rVert^2]`."""
-    if _is_small(k):
-        norm = -k.square().sum(-1, keepdim=True)
-        return torch.cat((k, torch.ones_like(norm), norm), dim=-1)
-    return _Augment.apply(k, 1, 1)
+    return _prepared(k, 1, 1)
+
+
+def _prepared(x: Tensor, factor: int, place: int) -> Tensor:
+    """The vector times a factor, and after it its negative squared norm and a one, in this order or the other."""
+    if x.numel() >= FEWEST_NUMBERS and kernels.serve(x):
+        return _Augment.apply(x, factor, place)
+    norm = -x.square().sum(-1, keepdim=True)
+    ends = (norm, torch.ones_like(norm))
+    return torch.cat((factor * x, ends[place], ends[1 - place]), dim=-1)
 
 
 def attend(
@@ -83,7 +86,7 @@ def plain_attend(
     visible: Bool[Tensor, "pairs keys"] | None,
 ) -> Float[Tensor, "pairs queries features"]:
     """The same in one piece, for pairs of batch and head."""
-    whole = _Block(slice(None), slice(None), slice(None), k.shape[1] - q.shape[1], is_causal, visible)
+    whole = _whole(q, k, is_causal, visible)
     weights = whole.masked_(exponentials(q @ k.transpose(1, 2)).exp().clone())
     return weights @ v / whole.totals(weights)
 
@@ -109,31 +112,36 @@ class _Attend(torch.autograd.Function):
                 out = plain_attend(q, k, v, ctx.is_causal, visible)
                 found = iter(torch.autograd.grad(out, inputs, upstream, create_graph=True))
                 return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), None, None
+            if is_batched(upstream):  # one block, since nothing batched can be written into what is not
+                return *_gradients(q, k, v, out, upstream, _whole(q, k, ctx.is_causal, visible)), None, None
             by_q, by_k, by_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
             for block in _blocks(q, k, ctx.is_causal, visible):
-                queries, keys, above = block.rows_of(q), block.keys_of(k), block.rows_of(upstream)
-                inner = _exponentials_(queries @ keys.transpose(1, 2))
-                weights = block.masked_(inner.exp())
-                weights.div_(block.totals(weights))
-                block.keys_of(by_v).add_(weights.transpose(1, 2) @ above)
-                slopes = above @ block.keys_of(v).transpose(1, 2)
-                slopes.sub_((above * block.rows_of(out)).sum(-1, keepdim=True)).mul_(weights).mul_(inner)
-                block.keys_of(by_k).add_(slopes.transpose(1, 2) @ queries)
-                block.rows_of(by_q).copy_(slopes @ keys)
+                of_q, of_k, of_v = _gradients(q, k, v, out, upstream, block)
+                block.rows_of(by_q).copy_(of_q)
+                block.keys_of(by_k).add_(of_k)
+                block.keys_of(by_v).add_(of_v)
         return by_q, by_k, by_v, None, None
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, upstream: Tensor, block: "_Block"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the queries of a block contribute to the gradients of its queries, keys and values."""
+    queries, keys, above = block.rows_of(q), block.keys_of(k), block.rows_of(upstream)
+    inner = _exponentials_(queries @ keys.transpose(1, 2))
+    weights = block.masked_(inner.exp())
+    weights.div_(block.totals(weights))
+    slopes = above @ block.keys_of(v).transpose(1, 2)
+    slopes = slopes.sub_((above * block.rows_of(out)).sum(-1, keepdim=True)).mul_(weights).mul_(inner)
+    return slopes @ keys, slopes.transpose(1, 2) @ queries, weights.transpose(1, 2) @ above
 
 
 def _exponentials_(negative_distances: Tensor) -> Tensor:
     return negative_distances.clamp_(LEAST[negative_distances.dtype], 0).exp_()
 
 
-def _is_small(x: Tensor) -> bool:
-    """Few numbers, or a call that plans its memory by itself: the formula as it stands."""
-    return x.numel() < FEWEST_NUMBERS or is_transformed()
-
-
 class _Augment(torch.autograd.Function):
-    """The vector times a factor, and after it its negative squared norm and a one, in this order or the other."""
+    """`_prepared` by a kernel."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: int, place: int) -> Tensor:
@@ -141,13 +149,8 @@ class _Augment(torch.autograd.Function):
         ctx.factor, ctx.place = factor, place
         width = x.shape[-1]
         out = x.new_empty(*x.shape[:-1], width + 2)
-        if kernels.serve(x):
-            rows = x.reshape(-1, width)
-            kernels.run(_augment, len(rows), rows, out.view(-1, width + 2), factor, width + place, width + 1 - place)
-        else:
-            torch.mul(x, factor, out=out[..., :width])
-            out[..., width + place] = -x.square().sum(-1)
-            out[..., width + 1 - place] = 1
+        rows = x.reshape(-1, width)
+        kernels.run(_augment, len(rows), rows, out.view(-1, width + 2), factor, width + place, width + 1 - place)
         return out
 
     @staticmethod
@@ -179,6 +182,7 @@ class _Block:
 
     Attributes:
         offset: keys that the first of all queries sees besides its own token's.
+        is_whole: it is all there is, and nothing is cut out of anything.
     """
 
     pairs: slice
@@ -187,17 +191,18 @@ class _Block:
     offset: int
     is_causal: bool
     visible: Tensor | None
+    is_whole: bool = False
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        return tensor[self.pairs, self.rows]
+        return tensor if self.is_whole else tensor[self.pairs, self.rows]
 
     def keys_of(self, tensor: Tensor) -> Tensor:
-        return tensor[self.pairs, self.keys]
+        return tensor if self.is_whole else tensor[self.pairs, self.keys]
 
     def masked_(self, weights: Float[Tensor, "pairs rows keys"]) -> Float[Tensor, "pairs rows keys"]:
         """The same with 0, written in its place, where a query does not see a key."""
         if self.is_causal:
-            seen = self.offset + (self.rows.start or 0)  # by the first of these rows, beside its own token
+            seen = self.offset + self.rows.start  # by the first of these rows, beside its own token
             weights.tril_(seen)
         if self.visible is not None:
             weights.masked_fill_(~self.keys_of(self.visible)[:, None], 0.0)
@@ -207,6 +212,10 @@ class _Block:
     def totals(weights: Float[Tensor, "pairs rows keys"]) -> Float[Tensor, "pairs rows 1"]:
         """What rows sum up to; not 0 where a query sees no key. A single weight is 1 at least."""
         return weights.sum(-1, keepdim=True).clamp(min=0.5)
+
+
+def _whole(q: Tensor, k: Tensor, is_causal: bool, visible: Tensor | None) -> _Block:
+    return _Block(slice(None), slice(0, None), slice(None), k.shape[1] - q.shape[1], is_causal, visible, True)
 
 
 def _blocks(q: Tensor, k: Tensor, is_causal: bool, visible: Tensor | None) -> Iterator[_Block]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pennylane_qattn.transforms import is_transformed
+from pennylane_qattn.transforms import is_batched, is_transformed
 
 try:
     import numba
@@ -32,7 +32,9 @@ def serve(*tensors: Tensor) -> bool:
     """Whether kernels are there, and can work on these: float32 or float64 in the CPU's memory, no transformed call."""
     if numba is None or os.environ.get(SWITCH, "1") == "0" or is_transformed():
         return False
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+    return all(
+        t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and not is_batched(t) for t in tensors
+    )
 
 
 def compiled(function: Callable) -> Callable:
@@ -43,6 +45,11 @@ def compiled(function: Callable) -> Callable:
     plain = inspect.unwrap(function)
     # sums may be added up in any order, several at a time
     return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})(plain)
+
+
+def inlined(function: Callable) -> Callable:
+    """A part of kernels, written out where they call it."""
+    return function if numba is None else numba.njit(inline="always")(inspect.unwrap(function))
 
 
 def run(kernel: Callable, tokens: int, *arguments: Tensor | np.ndarray | int) -> None:
@@ -62,3 +69,7 @@ def run(kernel: Callable, tokens: int, *arguments: Tensor | np.ndarray | int) ->
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="qattn-kernel")
+
+
+if hasattr(os, "register_at_fork"):  # a child has the pool and none of its threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pennylane_qattn import kernels
 from pennylane_qattn.observables import group_words
+from pennylane_qattn.transforms import is_batched
 from pennylane_qattn.word_kernels import WordTable, measure, measure_backward
 
 #: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
@@ -78,7 +79,7 @@ class _Measure(torch.autograd.Function):
             table = tables[head]
             for part in _blocks(inputs, rows):
                 made = torch.mm(rows[head], inputs[part].T, out=states[:, : len(inputs[part])])
-                kernels.run(measure, made.shape[1], made, *_arrays(table.values), table.place, out[head, part])
+                kernels.run(measure, made.shape[1], made, *table.values, table.place, out[head, part])
         return out
 
     @staticmethod
@@ -90,6 +91,8 @@ class _Measure(torch.autograd.Function):
                 found = iter(torch.autograd.grad(plain_words(a, rows, ctx.tables), inputs, upstream, create_graph=True))
             return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:2]), None
         with torch.autocast(upstream.device.type, enabled=False):
+            if is_batched(upstream):
+                return *plain_gradients(a, rows, ctx.tables, upstream), None
             return _Measure._gradients(a, rows, ctx.tables, upstream.contiguous(), ctx.needs_input_grad[1])
 
     @staticmethod
@@ -104,10 +107,8 @@ class _Measure(torch.autograd.Function):
                 tokens = len(inputs[part])
                 made = torch.mm(rows[head], inputs[part].T, out=states[:, :tokens])
                 slope = slopes[:, :tokens]
-                derivatives = _arrays(table.derivatives)
-                kernels.run(
-                    measure_backward, tokens, made, *derivatives, table.place, upstream[head, part], words, slope
-                )
+                above = upstream[head, part]
+                kernels.run(measure_backward, tokens, made, *table.derivatives, table.place, above, words, slope)
                 torch.mm(slope.T, rows[head], out=by_inputs[head, part])
                 if rows_wanted:
                     by_rows[head].addmm_(slope, inputs[part])
@@ -128,8 +129,22 @@ def plain_words(a: Tensor, rows: Tensor, tables: Sequence[WordTable]) -> Tensor:
     return torch.stack(found)
 
 
-def _arrays(terms) -> tuple[np.ndarray, ...]:
-    return terms.starts, terms.left, terms.right, terms.coefficient
+def plain_gradients(a: Tensor, rows: Tensor, tables: Sequence[WordTable], upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of `sum(upstream * plain_words)` by `a` and `rows`, in operations that batched gradients take."""
+    slopes = []
+    for head, (states, table) in enumerate(zip(a @ rows.transpose(1, 2), tables, strict=True)):
+        terms = table.derivatives
+        word, row, coefficient = (torch.as_tensor(t) for t in (terms.left, terms.right, terms.coefficient))
+        of_row = torch.as_tensor(np.repeat(np.arange(states.shape[1]), np.diff(terms.starts)))
+        applied = states.new_zeros(len(states), len(table.values.starts) - 1, states.shape[1])  # 2 P_w s
+        applied.flatten(1).index_add_(1, word * states.shape[1] + of_row, states[:, row] * coefficient)
+        by_word = upstream[head] @ torch.nn.functional.one_hot(torch.as_tensor(table.place)).to(states.dtype)
+        slopes.append((by_word[:, None] @ applied)[:, 0])
+    by_states = torch.stack(slopes)
+    by_inputs = by_states @ rows
+    if a.shape[0] < rows.shape[0]:
+        by_inputs = by_inputs.sum(0, keepdim=True)
+    return by_inputs, by_states.transpose(1, 2) @ a
 
 
 def _buffer(rows: Tensor, tokens: int) -> Tensor:

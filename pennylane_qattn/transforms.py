@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
 def is_transformed() -> bool:
@@ -12,6 +13,14 @@ def is_transformed() -> bool:
     Then formulas are given as they stand: shortcuts that manage memory by themselves would be in the way.
     """
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors at once, as gradients do with `is_grads_batched` or `vectorize=True`.
+
+    Operations of torch treat it as one of them; what reads its memory, or writes into another tensor's, cannot.
+    """
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-r"""Pauli words of many states at once on the CPU, and their derivative: kernels for `quadratic.py`.
+r"""Pauli words of many states at once on the CPU, and their derivative: kernels for `measurement.py`.
 
 A state is a column :math:`s` of real numbers, real amplitudes and below them, if there are any, imaginary ones. A word
 is a signed permutation of amplitudes, so its value is a short sum of products of two rows,
@@ -13,10 +13,11 @@ with as many terms as there are rows, at most: no change of basis. A word that i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from pennylane_qattn.kernels import compiled
+from pennylane_qattn.kernels import compiled, inlined
 from pennylane_qattn.observables import word_action
 
 #: Tokens at a time: enough to pay for starting a loop, few enough for the second-level cache.
@@ -25,9 +26,8 @@ LANES = 128
 _AT_ONCE = 4
 
 
-@dataclass(frozen=True)
-class Terms:
-    """Sums of products, one after the other.
+class Terms(NamedTuple):
+    """Sums of products, one after the other, in the order in which kernels take them.
 
     Attributes:
         starts: where the terms of each sum begin, and where the last one ends; each has a multiple of `_AT_ONCE`.
@@ -101,6 +101,17 @@ def _products(word: str, is_complex: bool) -> list[tuple[int, int, float]]:
     return found
 
 
+@inlined
+def _add_up(total, first, last, left, right, coefficient, a, b):
+    """Adds the terms from `first` to `last` to `total`, `_AT_ONCE` at a time."""
+    for e in range(first, last, 4):
+        a0, a1, a2, a3 = a[left[e]], a[left[e + 1]], a[left[e + 2]], a[left[e + 3]]
+        b0, b1, b2, b3 = b[right[e]], b[right[e + 1]], b[right[e + 2]], b[right[e + 3]]
+        c0, c1, c2, c3 = coefficient[e], coefficient[e + 1], coefficient[e + 2], coefficient[e + 3]
+        for t in range(LANES):
+            total[t] += c0 * a0[t] * b0[t] + c1 * a1[t] * b1[t] + (c2 * a2[t] * b2[t] + c3 * a3[t] * b3[t])
+
+
 @compiled
 def measure(states, starts, left, right, coefficient, place, out, first, last):
     """The value of every word, `out[token, word]`, in `states[row, token]`."""
@@ -115,12 +126,7 @@ def measure(states, starts, left, right, coefficient, place, out, first, last):
         for word in range(words):
             total = values[word]
             total[:] = 0
-            for e in range(starts[word], starts[word + 1], 4):
-                a0, a1, a2, a3 = block[left[e]], block[left[e + 1]], block[left[e + 2]], block[left[e + 3]]
-                b0, b1, b2, b3 = block[right[e]], block[right[e + 1]], block[right[e + 2]], block[right[e + 3]]
-                c0, c1, c2, c3 = coefficient[e], coefficient[e + 1], coefficient[e + 2], coefficient[e + 3]
-                for t in range(LANES):
-                    total[t] += c0 * a0[t] * b0[t] + c1 * a1[t] * b1[t] + (c2 * a2[t] * b2[t] + c3 * a3[t] * b3[t])
+            _add_up(total, starts[word], starts[word + 1], left, right, coefficient, block, block)
         for t in range(lanes):
             for word in range(len(place)):
                 out[begin + t, word] = values[place[word], t]
@@ -144,11 +150,6 @@ def measure_backward(states, starts, left, right, coefficient, place, upstream, 
                 weights[place[word], t] += upstream[begin + t, word]
         for row in range(rows):
             total[:] = 0
-            for e in range(starts[row], starts[row + 1], 4):
-                a0, a1, a2, a3 = weights[left[e]], weights[left[e + 1]], weights[left[e + 2]], weights[left[e + 3]]
-                b0, b1, b2, b3 = block[right[e]], block[right[e + 1]], block[right[e + 2]], block[right[e + 3]]
-                c0, c1, c2, c3 = coefficient[e], coefficient[e + 1], coefficient[e + 2], coefficient[e + 3]
-                for t in range(LANES):
-                    total[t] += c0 * a0[t] * b0[t] + c1 * a1[t] * b1[t] + (c2 * a2[t] * b2[t] + c3 * a3[t] * b3[t])
+            _add_up(total, starts[row], starts[row + 1], left, right, coefficient, weights, block)
             for t in range(lanes):
                 out[row, begin + t] = total[t]

@@ -92,20 +92,28 @@ def test_circuits_that_are_not_there(name, options, message):
         head_circuit(attentions_of(model(name).gpt)[0], 1, **options)
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_what_a_layer_reads(split):
+@pytest.mark.parametrize(
+    ("name", "options", "map"),
+    [
+        ("qisa", {}, "value"),
+        ("qisa", {"split": True}, "value"),
+        ("qisa", {"span": 2}, "value"),
+        ("qsann-multi", {"span": 3}, "query"),
+    ],
+)
+def test_what_a_layer_reads(name, options, map):
     """The vector that a head encodes gives the features that its map computes."""
-    inspected = model(ATTENTION.build("qisa", split=split)).double()
+    inspected = model(ATTENTION.build(name, **options)).double()
     attention = attentions_of(inspected.gpt)[1]
     seen = []
-    hook = attention.value_map.register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = getattr(attention, f"{map}_map").register_forward_hook(lambda module, args, output: seen.append(output))
     inspected.gpt(torch.tensor([inspected.tokenizer.encode("abcde")]))
     hook.remove()
     for head, position in ((1, 0), (2, 3)):
-        embedding, found = layer_input(inspected, "abcde", 2, position)
+        read, found = layer_input(inspected, "abcde", 2, position, map)
         assert found == position
-        shown = head_circuit(attention, 2, head)
-        values = shown.circuit.qnode()(embedding[shown.inputs], shown.weights)
+        shown = head_circuit(attention, 2, head, map)
+        values = shown.circuit.qnode()(read[shown.inputs], shown.weights)
         torch.testing.assert_close(torch.stack(values), seen[0][0, head - 1, position])
     assert layer_input(inspected, "abcde", 2)[1] == 4
     assert not any(module._forward_pre_hooks for module in inspected.modules())

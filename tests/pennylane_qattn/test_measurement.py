@@ -1,6 +1,9 @@
 """Kernels against dense matrices, and against the same values by torch alone."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +84,39 @@ def test_no_tokens(rng):
     assert out.shape == (HEADS, 0, len(words[0]))
     out.sum().backward()
     assert a.grad.shape == a.shape
+
+
+@pytest.mark.parametrize("vectors", [1, HEADS])
+@pytest.mark.parametrize("is_complex", [True, False])
+def test_batched_gradients(is_complex, vectors, rng):
+    words, a, matrix = problem(3, is_complex, torch.float64, rng, vectors)
+    measured = WordMeasurement(words, is_complex)
+    upstream = torch.randn(3, HEADS, TOKENS, len(words[0]), dtype=torch.float64, generator=rng)
+    out = measured(a, matrix)
+    batched = torch.autograd.grad(out, (a, matrix), upstream, is_grads_batched=True, retain_graph=True)
+    expected = dense(words, a, matrix, is_complex)
+    for row, each in enumerate(upstream):
+        wanted = torch.autograd.grad(expected, (a, matrix), each, retain_graph=True)
+        for one, all_of_them in zip(wanted, batched, strict=True):
+            torch.testing.assert_close(all_of_them[row], one, rtol=1e-10, atol=1e-10)
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    """A pool is not forked with its threads: a child that used it would wait for ever."""
+    program = """
+import os, signal, torch
+from pennylane_qattn.encoding import normalise
+torch.set_num_threads(2)
+x = torch.ones(4096, 8)
+normalise(x)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    normalise(x)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=Path(__file__).parents[2])
 
 
 def test_threads_change_no_bit(rng):

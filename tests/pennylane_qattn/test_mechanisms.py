@@ -104,6 +104,20 @@ def test_jacobian_is_zero_above_the_diagonal(make, x):
     assert (size.diagonal() > 0).all()
 
 
+def test_batched_gradients_are_those_one_by_one(make, x):
+    """`vectorize=True` hands many gradients backwards at once, which kernels and blocks must notice."""
+    module, x = make().double(), x[:1, :4].requires_grad_()
+    if module.name == "GroverSparse":
+        pytest.skip("torch batches no gradients of sparse products")
+    out = module(x).flatten()
+    inputs = (x, *(p for p in module.parameters() if p.requires_grad))
+    upstream = torch.eye(out.numel(), dtype=out.dtype)[::7]
+    batched = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    for row, each in enumerate(upstream):
+        for one, all_of_them in zip(torch.autograd.grad(out, inputs, each, retain_graph=True), batched, strict=True):
+            torch.testing.assert_close(all_of_them[row], one, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("chunks", [(1,) * SEQ, (3, 1, 3), (SEQ,)])
 def test_cached_equals_uncached(make, chunks, dtype, close, x):
     module, x = make().to(dtype).eval(), x.to(dtype)
