@@ -1,5 +1,6 @@
 """How Sphinx builds these pages: `bash scripts/docs.sh`."""
 
+import collections
 import configparser
 import inspect
 import sys
@@ -88,15 +89,18 @@ nitpick_ignore_regex = [
     ("py:.*", r".*\._\w+"),  # private bases
 ]
 
+TUPLE_FIELD = type(collections.namedtuple("Point", "x").x)
 #: Characters of a constant's value that the reference shows.
 LONGEST_VALUE = 80
 
 
 def choose_member(app, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
-    """Shows methods without a docstring whose signature says what they return; hides attributes that name a class."""
+    """Shows methods without a docstring whose signature says what they return; hides attributes that name a class, and
+    the fields of a named tuple, which its docstring has."""
     if inspect.isfunction(member) and not name.startswith("_") and "return" in member.__annotations__:
         return False
-    return True if what == "class" and inspect.isclass(member) else None
+    hidden = inspect.isclass(member) or isinstance(member, TUPLE_FIELD)
+    return True if what == "class" and hidden else None
 
 
 def keep_colons(app, what: str, name: str, member: object, options: object, lines: list[str]) -> None:
