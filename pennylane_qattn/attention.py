@@ -315,7 +315,9 @@ class Attention(nn.Module):
         q = self.score.queries(self.query_map(x))
         k, v, visibility = self._keys_and_values(x, key_padding_mask, position_ids, cache)
         dropout = self.dropout if self.training else 0.0
-        if self.score.is_dot_product and self._applies_weights_as_they_are:
+        # to pad every value that a cache holds would take longer than a single row of weights
+        is_row = visibility.queries == 1 and q.shape[-1] > v.shape[-1]
+        if self.score.is_dot_product and self._applies_weights_as_they_are and not is_row:
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
         elif self._can_be_structured(visibility, dropout):
             heads = structured_attention(self.score, q, k, v, visibility)

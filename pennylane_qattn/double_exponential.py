@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pennylane_qattn import kernels
+from pennylane_qattn.augmentation import Layout, augment
 from pennylane_qattn.transforms import is_batched
 
 #: Weights that are made at a time: a MiB in float32 on a CPU.
@@ -20,8 +20,6 @@ BLOCK_ELEMENTS = {"cpu": 2**18}
 #: Queries at a time, where keys are many: later keys than theirs are left out.
 BLOCK_ROWS = 128
 _OTHER_DEVICES = 2**26
-#: Numbers that are prepared faster by the formula as it stands.
-FEWEST_NUMBERS = 2**12
 #: Negative squared distances below which all count as this one, by precision: their exponentials are far below
 #: rounding, while gradients through them would be subnormal numbers, many times slower to multiply.
 LEAST = {torch.float32: -60.0, torch.float64: -600.0}
@@ -35,23 +33,14 @@ def exponentials(negative_distances: Tensor) -> Tensor:
     return negative_distances.clamp(LEAST[negative_distances.dtype], 0).exp()
 
 
-def queries_of(q: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prepared"]:
+def queries_of(q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
     r""":math:`[2q, -\lVert q \rVert^2, 1]`; its product with a key's is the negative squared distance."""
-    return _prepared(q, 2, 0)
+    return augment(q, 2.0, -1.0, Layout(norm=0, ones=(1,), width=q.shape[-1] + 2))
 
 
-def keys_of(k: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prepared"]:
+def keys_of(k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
     r""":math:`[k, 1, -\lVert k \rVert^2]`."""
-    return _prepared(k, 1, 1)
-
-
-def _prepared(x: Tensor, factor: int, place: int) -> Tensor:
-    """The vector times a factor, and after it its negative squared norm and a one, in this order or the other."""
-    if x.numel() >= FEWEST_NUMBERS and kernels.serve(x):
-        return _Augment.apply(x, factor, place)
-    norm = -x.square().sum(-1, keepdim=True)
-    ends = (norm, torch.ones_like(norm))
-    return torch.cat((factor * x, ends[place], ends[1 - place]), dim=-1)
+    return augment(k, 1.0, -1.0, Layout(norm=1, ones=(0,), width=k.shape[-1] + 2))
 
 
 def attend(
@@ -138,39 +127,6 @@ def _gradients(
 
 def _exponentials_(negative_distances: Tensor) -> Tensor:
     return negative_distances.clamp_(LEAST[negative_distances.dtype], 0).exp_()
-
-
-class _Augment(torch.autograd.Function):
-    """`_prepared` by a kernel."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: int, place: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.factor, ctx.place = factor, place
-        width = x.shape[-1]
-        out = x.new_empty(*x.shape[:-1], width + 2)
-        rows = x.reshape(-1, width)
-        kernels.run(_augment, len(rows), rows, out.view(-1, width + 2), factor, width + place, width + 1 - place)
-        return out
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        (x,) = ctx.saved_tensors
-        width = x.shape[-1]
-        by_norm = upstream[..., width + ctx.place, None]
-        return torch.addcmul(ctx.factor * upstream[..., :width], x, by_norm, value=-2), None, None
-
-
-@kernels.compiled
-def _augment(x, out, factor, norm, one, first, last):
-    width = x.shape[1]
-    for row in range(first, last):
-        total = x.dtype.type(0)
-        for i in range(width):
-            total += x[row, i] * x[row, i]
-            out[row, i] = x.dtype.type(factor) * x[row, i]
-        out[row, norm] = -total
-        out[row, one] = 1
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

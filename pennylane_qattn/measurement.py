@@ -14,12 +14,13 @@ from torch import Tensor
 from pennylane_qattn import kernels
 from pennylane_qattn.observables import group_words
 from pennylane_qattn.transforms import is_batched
-from pennylane_qattn.word_kernels import WordTable, measure, measure_backward
+from pennylane_qattn.word_kernels import WordTable, WordTables, measure, measure_backward
 
 #: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
 BLOCK_ELEMENTS = 2**18
-#: Fewer tokens, as in generation, are done before a kernel has been called for every head.
+#: Fewer tokens, as in generation, are done before a kernel has been called, if matrices are no larger than that.
 FEWEST_TOKENS = 32
+_SMALL_MATRICES = 2**16
 #: What a term of a kernel costs, counted in multiplications of a matrix product.
 _TERM_COST = 4
 #: Rows of the states stand at addresses that do not fall together in the cache.
@@ -36,17 +37,20 @@ class WordMeasurement:
 
     def __init__(self, words: Sequence[Sequence[str]], is_complex: bool):
         self.words, self.is_complex = [tuple(head) for head in words], is_complex
-        self._tables: dict[torch.dtype, list[WordTable]] = {}
+        self._tables: dict[torch.dtype, WordTables] = {}
         self._distinct = max(len(set(head)) for head in self.words)
         self._settings: int | None = None
 
     def serves(self, a: Float[Tensor, "#heads tokens amplitudes"]) -> bool:
         """Whether the words are evaluated here: kernels are there, and take less than changes of basis."""
-        if a.shape[1] < FEWEST_TOKENS or not kernels.serve(a):
+        if not kernels.serve(a):
             return False
         if self._settings is None:
             self._settings = max(len(group_words(head)) for head in self.words)
         amplitudes, words = a.shape[-1], len(self.words[0])
+        matrices = len(self.words) * self._settings * 2 ** len(self.words[0][0]) * amplitudes
+        if a.shape[1] < FEWEST_TOKENS and matrices <= _SMALL_MATRICES:
+            return False
         return amplitudes + _TERM_COST * self._distinct <= self._settings * (amplitudes + words)
 
     def __call__(
@@ -60,26 +64,31 @@ class WordMeasurement:
         """
         return _Measure.apply(a, rows, self._of(a.dtype))
 
-    def _of(self, dtype: torch.dtype) -> list[WordTable]:
+    def _of(self, dtype: torch.dtype) -> WordTables:
         if dtype not in self._tables:
             number = np.dtype(str(dtype).removeprefix("torch."))
-            self._tables[dtype] = [WordTable.of(head, self.is_complex, number) for head in self.words]
+            self._tables[dtype] = WordTables.of(self.words, self.is_complex, number)
         return self._tables[dtype]
 
 
 class _Measure(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a: Tensor, rows: Tensor, tables: list[WordTable]) -> Tensor:
+    def forward(ctx, a: Tensor, rows: Tensor, tables: WordTables) -> Tensor:
         ctx.save_for_backward(a, rows)
-        ctx.tables = tables
+        ctx.tables = tables.heads
         heads, tokens = rows.shape[0], a.shape[1]
-        out = a.new_empty(heads, tokens, len(tables[0].place))
-        states = _buffer(rows, a.shape[1])
+        out = a.new_empty(heads, tokens, tables.place.shape[1])
+        if heads * tokens <= _block_size(rows):  # a single call for all of them
+            made = torch.bmm(rows, a.expand(heads, -1, -1).transpose(1, 2))
+            kernels.run(measure, tokens, made, tables.firsts, *tables.values, tables.place, out)
+            return out
+        states = _buffer(rows, tokens)
         for head, inputs in enumerate(a.expand(heads, -1, -1)):
-            table = tables[head]
+            firsts, place = tables.firsts[head : head + 2], tables.place[head : head + 1]
             for part in _blocks(inputs, rows):
                 made = torch.mm(rows[head], inputs[part].T, out=states[:, : len(inputs[part])])
-                kernels.run(measure, made.shape[1], made, *table.values, table.place, out[head, part])
+                into = out[head : head + 1, part]
+                kernels.run(measure, made.shape[1], made[None], firsts, *tables.values, place, into)
         return out
 
     @staticmethod
@@ -96,7 +105,7 @@ class _Measure(torch.autograd.Function):
             return _Measure._gradients(a, rows, ctx.tables, upstream.contiguous(), ctx.needs_input_grad[1])
 
     @staticmethod
-    def _gradients(a: Tensor, rows: Tensor, tables: list[WordTable], upstream: Tensor, rows_wanted: bool):
+    def _gradients(a: Tensor, rows: Tensor, tables: Sequence[WordTable], upstream: Tensor, rows_wanted: bool):
         by_inputs = a.new_empty(rows.shape[0], *a.shape[1:])
         by_rows = torch.zeros_like(rows) if rows_wanted else None
         states, slopes = _buffer(rows, a.shape[1]), _buffer(rows, a.shape[1])

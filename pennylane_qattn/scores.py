@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pennylane_qattn import double_exponential
+from pennylane_qattn.augmentation import Layout, augment
 
 #: Fused attention kernels want query, key and value of one width that is a multiple of this.
 ALIGNMENT = 8
@@ -146,16 +147,20 @@ class GaussianScore(Score):
         return F.softplus(self.raw_beta)
 
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        scaled = 2 * self.beta.to(q.dtype)[:, None, None] * q
-        ones = torch.ones_like(q[..., :1]).expand(*q.shape[:-1], 2)
-        return _pad_to_alignment(torch.cat((scaled, ones), dim=-1))
+        return augment(q, 2 * self.beta.to(q.dtype), 0.0, self._layout(q, norm=None, ones=(0, 1)))
 
     def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        wide = k.to(torch.promote_types(k.dtype, torch.float32))
-        norm = -self.beta.to(wide.dtype)[:, None, None] * wide.square().sum(-1, keepdim=True)
+        if k.dtype in (torch.float32, torch.float64):
+            return augment(k, 1.0, -self.beta.to(k.dtype), self._layout(k, norm=0, ones=()))
+        norm = -self.beta.float()[:, None, None] * k.float().square().sum(-1, keepdim=True)
         high = norm.to(k.dtype)
-        low = (norm - high.to(norm.dtype)).to(k.dtype)
-        return _pad_to_alignment(torch.cat((k, high, low), dim=-1))
+        ends = torch.cat((k, high, (norm - high.float()).to(k.dtype)), dim=-1)
+        return F.pad(ends, (0, self._layout(k, norm=0, ones=()).width - ends.shape[-1]))
+
+    @staticmethod
+    def _layout(x: Tensor, norm: int | None, ones: tuple[int, ...]) -> Layout:
+        width = x.shape[-1] + 2
+        return Layout(norm, ones, width + -width % ALIGNMENT)
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
@@ -238,7 +243,3 @@ def _positive_parameter(num_heads: int, start: float) -> nn.Parameter:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _pad_to_alignment(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[-1] % ALIGNMENT))

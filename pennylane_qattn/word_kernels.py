@@ -20,8 +20,10 @@ import numpy as np
 from pennylane_qattn.kernels import compiled, inlined
 from pennylane_qattn.observables import word_action
 
-#: Tokens at a time: enough to pay for starting a loop, few enough for the second-level cache.
+#: Tokens at a time at most: enough to pay for starting a loop, few enough for the second-level cache.
 LANES = 128
+#: Fewer tokens, as in generation, are filled up to a multiple of this.
+_VECTOR = 8
 #: Terms that are added at a time, so that a sum is read and written once for all of them.
 _AT_ONCE = 4
 
@@ -87,6 +89,34 @@ class WordTable:
         return cls(Terms.of(sums, dtype), Terms.of(rows, dtype), place)
 
 
+@dataclass(frozen=True)
+class WordTables:
+    """The words of all heads, as many for each.
+
+    Attributes:
+        heads: the table of each.
+        firsts: where the distinct words of each head begin, and where those of the last one end.
+        values: the terms of the distinct words of all heads.
+        place: `(heads, words)`, as in `WordTable`.
+    """
+
+    heads: tuple[WordTable, ...]
+    firsts: np.ndarray
+    values: Terms
+    place: np.ndarray
+
+    @classmethod
+    def of(cls, words: Sequence[Sequence[str]], is_complex: bool, dtype: np.dtype) -> "WordTables":
+        """The tables of each head's words; the arguments are those of `WordTable.of`."""
+        heads = tuple(WordTable.of(head, is_complex, dtype) for head in words)
+        ends = np.cumsum([0, *(head.values.starts[-1] for head in heads)])
+        starts = [head.values.starts[:-1] + end for head, end in zip(heads, ends[:-1], strict=True)]
+        joined = (np.concatenate(columns) for columns in zip(*(head.values[1:] for head in heads), strict=True))
+        firsts = np.cumsum([0, *map(len, starts)])
+        values = Terms(np.concatenate([*starts, ends[-1:]]), *joined)
+        return cls(heads, firsts, values, np.stack([head.place for head in heads]))
+
+
 def _products(word: str, is_complex: bool) -> list[tuple[int, int, float]]:
     """All entries `(row, row, c)` of the symmetric matrix of a word's form."""
     source, phases = word_action(word)
@@ -102,54 +132,60 @@ def _products(word: str, is_complex: bool) -> list[tuple[int, int, float]]:
 
 
 @inlined
-def _add_up(total, first, last, left, right, coefficient, a, b):
+def _add_up(total, first, last, left, right, coefficient, a, b, lanes):
     """Adds the terms from `first` to `last` to `total`, `_AT_ONCE` at a time."""
     for e in range(first, last, 4):
         a0, a1, a2, a3 = a[left[e]], a[left[e + 1]], a[left[e + 2]], a[left[e + 3]]
         b0, b1, b2, b3 = b[right[e]], b[right[e + 1]], b[right[e + 2]], b[right[e + 3]]
         c0, c1, c2, c3 = coefficient[e], coefficient[e + 1], coefficient[e + 2], coefficient[e + 3]
-        for t in range(LANES):
+        for t in range(lanes):
             total[t] += c0 * a0[t] * b0[t] + c1 * a1[t] * b1[t] + (c2 * a2[t] * b2[t] + c3 * a3[t] * b3[t])
 
 
 @compiled
-def measure(states, starts, left, right, coefficient, place, out, first, last):
-    """The value of every word, `out[token, word]`, in `states[row, token]`."""
-    rows, words = states.shape[0], len(starts) - 1
+def measure(states, firsts, starts, left, right, coefficient, place, out, first, last):
+    """The value of every word of every head, `out[head, token, word]`, in `states[head, row, token]`."""
+    heads, rows, _ = states.shape
+    most = 0
+    for head in range(heads):
+        most = max(most, firsts[head + 1] - firsts[head])
     block = np.zeros((rows, LANES), states.dtype)
-    values = np.zeros((words, LANES), states.dtype)
-    for begin in range(first, last, LANES):
-        lanes = min(LANES, last - begin)
-        for row in range(rows):
-            for t in range(lanes):
-                block[row, t] = states[row, begin + t]
-        for word in range(words):
-            total = values[word]
-            total[:] = 0
-            _add_up(total, starts[word], starts[word + 1], left, right, coefficient, block, block)
-        for t in range(lanes):
-            for word in range(len(place)):
-                out[begin + t, word] = values[place[word], t]
+    values = np.zeros((most, LANES), states.dtype)
+    for head in range(heads):
+        for begin in range(first, last, LANES):
+            tokens = min(LANES, last - begin)
+            lanes = (tokens + _VECTOR - 1) // _VECTOR * _VECTOR
+            for row in range(rows):
+                for t in range(tokens):
+                    block[row, t] = states[head, row, begin + t]
+            for word in range(firsts[head], firsts[head + 1]):
+                total = values[word - firsts[head]]
+                total[:] = 0
+                _add_up(total, starts[word], starts[word + 1], left, right, coefficient, block, block, lanes)
+            for t in range(tokens):
+                for word in range(place.shape[1]):
+                    out[head, begin + t, word] = values[place[head, word], t]
 
 
 @compiled
 def measure_backward(states, starts, left, right, coefficient, place, upstream, words, out, first, last):
-    """The derivative of `sum(upstream * measure(states))` by the states, `out[row, token]`."""
+    """The derivative of `sum(upstream * values)` by the states of one head, `out[row, token]`."""
     rows = states.shape[0]
     block = np.zeros((rows, LANES), states.dtype)
     weights = np.zeros((words, LANES), states.dtype)
     total = np.zeros(LANES, states.dtype)
     for begin in range(first, last, LANES):
-        lanes = min(LANES, last - begin)
+        tokens = min(LANES, last - begin)
+        lanes = (tokens + _VECTOR - 1) // _VECTOR * _VECTOR
         for row in range(rows):
-            for t in range(lanes):
+            for t in range(tokens):
                 block[row, t] = states[row, begin + t]
         weights[:] = 0
-        for t in range(lanes):
+        for t in range(tokens):
             for word in range(len(place)):
                 weights[place[word], t] += upstream[begin + t, word]
         for row in range(rows):
             total[:] = 0
-            _add_up(total, starts[row], starts[row + 1], left, right, coefficient, weights, block)
-            for t in range(lanes):
+            _add_up(total, starts[row], starts[row + 1], left, right, coefficient, weights, block, lanes)
+            for t in range(tokens):
                 out[row, begin + t] = total[t]

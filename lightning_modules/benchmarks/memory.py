@@ -2,8 +2,8 @@
 
 On a GPU torch's allocator knows. On a CPU the system knows, of a whole process, so the step runs in a fresh one: this
 module, run as a program, reads what to run as JSON from stdin and writes the bytes to stdout. Before the step there are
-the model, its gradients and the optimizer's state, from a step with one window, which also compiles and loads what is
-loaded at first use.
+the model, its gradients and the optimizer's state, from a smaller step, which also compiles and loads what is loaded
+at first use.
 """
 
 import ctypes
@@ -22,7 +22,11 @@ from lightning_modules.timing import training_step
 #: Linux forgets the highest mark of a process's memory when 5 is written here (proc(5)).
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 FORGET_PEAK = "5"
+#: Windows of the step before: enough for every kernel to be called.
+WARMED = 64
 ROOT = Path(__file__).resolve().parents[2]
+#: glibc gives larger blocks back as they are freed, so that holes between others are no part of what is measured.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 def peak_bytes(setup: Setup) -> tuple[int | None, str]:
@@ -35,7 +39,7 @@ def peak_bytes(setup: Setup) -> tuple[int | None, str]:
     run = subprocess.run(
         [sys.executable, "-m", __spec__.name],
         input=json.dumps({"threads": torch.get_num_threads(), "setup": setup.to_plain()}),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ | AT_ONCE | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )
@@ -51,7 +55,7 @@ def _peak_here(setup: Setup, measure: Callable[[Callable[[], None]], int]) -> in
     model, tokens = setup.model(), setup.tokens()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     with setup.precision():
-        training_step(model, optimizer, tokens[:1])
+        training_step(model, optimizer, tokens[:WARMED])
         return measure(lambda: training_step(model, optimizer, tokens))
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from pennylane_qattn import double_exponential, measurement, quadratic
+from pennylane_qattn import augmentation, measurement, quadratic
 
 FEWEST = {
     (measurement, "FEWEST_TOKENS"): measurement.FEWEST_TOKENS,
     (quadratic, "FEWEST_TOKENS"): quadratic.FEWEST_TOKENS,
-    (double_exponential, "FEWEST_NUMBERS"): double_exponential.FEWEST_NUMBERS,
+    (augmentation, "FEWEST_NUMBERS"): augmentation.FEWEST_NUMBERS,
 }
 
 
