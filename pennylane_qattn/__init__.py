@@ -39,6 +39,7 @@ from pennylane_qattn.mechanisms import (
     ScaledDot,
     build_attention,
 )
+from pennylane_qattn.multihead import MultiheadAttention
 from pennylane_qattn.noise import Noise
 from pennylane_qattn.openqasm import measurement_settings, to_openqasm
 from pennylane_qattn.planning import Execution, Plan
@@ -94,6 +95,7 @@ __all__ = [
     "LinearFeatureMap",
     "Mechanism",
     "MixedFeatureMap",
+    "MultiheadAttention",
     "NGram",
     "Noise",
     "Overlap",
