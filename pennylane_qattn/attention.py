@@ -324,7 +324,7 @@ class Attention(nn.Module):
         elif not self._applies_weights_as_they_are:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
             heads = self.applied(weights, visibility).to(v.dtype) @ v
-        elif q.shape[0] * q.shape[1] * visibility.queries * visibility.keys <= MAX_WEIGHTS or is_transformed():
+        elif is_transformed() or q.shape[0] * q.shape[1] * visibility.queries * visibility.keys <= MAX_WEIGHTS:
             heads = written_attention(self.score, q, k, v, visibility, dropout)
         else:
             heads = blocked_attention(self.score, q, k, v, visibility, dropout)

@@ -299,8 +299,8 @@ class Fold:
     def _local(tables: list[Tensor], lookup: Tensor) -> Tensor:
         """The product of each wire's chain of gates: (circuits, wires, 2, 2)."""
         product = tables[-1][:, lookup[0]]
-        for place in lookup[1:]:
-            product = tables[-1][:, place] @ product
+        for place in range(1, len(lookup)):  # to go through a tensor would put it into an exported program
+            product = tables[-1][:, lookup[place]] @ product
         return product
 
 
