@@ -112,6 +112,11 @@ COMMANDS: dict[str, Command] = {
         "write a trained circuit for one input as OpenQASM programs",
         'qattn export-qasm --checkpoint runs/qisa-16 --text "To be" --output qasm',
     ),
+    "export-hf": Command(
+        "lightning_modules.pretrained:export_hf",
+        "write a checkpoint as a folder of Hugging Face, with a model card",
+        "qattn export-hf --checkpoint runs/qisa-16 --output qisa-16-hf",
+    ),
 }
 
 

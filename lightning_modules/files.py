@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
@@ -53,3 +54,28 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
         if isinstance(error, OSError) and error.filename is None:  # as on a full disk
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill that takes the name `path` once the block has ended without an error.
+
+    Args:
+        path: the folder; it must not exist, or be empty.
+
+    Raises:
+        ValueError: if it holds something already, or cannot be written.
+    """
+    folder = Path(path).expanduser().resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} exists already; name a new folder or an empty one")
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(folder)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"cannot write {str(folder)!r}: {reason}; name a folder you may write to") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -7,8 +7,6 @@ is refused. `transformers` is an optional dependency, the extra `hf`.
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_modules.files import new_folder
 from lightning_modules.gpt import GPT, GPTConfig
 from lightning_modules.tokenizers import BPETokenizer, CharTokenizer
 from pennylane_qattn import Attention, Classical, LinearFeatureMap, ScaledDotScore
@@ -91,27 +90,15 @@ def save_pretrained(
             cannot be written or holds something already.
         ImportError: if transformers is not installed.
     """
-    folder = Path(folder).expanduser().resolve()
     if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} exists already; name a new folder or an empty one")
-    theirs = to_hugging_face(model)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
-    try:
-        partial.mkdir(parents=True)
-        theirs.save_pretrained(partial)
+    with new_folder(folder) as partial:
+        to_hugging_face(model).save_pretrained(partial)
         if tokenizer is not None:
-            _fast_tokenizer(tokenizer).save_pretrained(partial)
-        partial.replace(folder)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(f"cannot write {str(folder)!r}: {reason}; name a folder you may write to") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            fast_tokenizer(tokenizer).save_pretrained(partial)
 
 
 def load_pretrained(folder: str | os.PathLike[str]) -> GPT:
@@ -226,7 +213,8 @@ def _weights(ours: GPT, theirs: "OpenAIGPTLMHeadModel") -> Iterator[tuple[Tensor
             yield our.bias, bias
 
 
-def _fast_tokenizer(tokenizer: CharTokenizer | BPETokenizer) -> "PreTrainedTokenizerFast":
+def fast_tokenizer(tokenizer: CharTokenizer | BPETokenizer) -> "PreTrainedTokenizerFast":
+    """The tokenizer as transformers has it; one of characters becomes a byte-pair encoding without merges."""
     import tokenizers
 
     if isinstance(tokenizer, BPETokenizer):
