@@ -21,6 +21,7 @@ from lightning_modules.files import new_folder
 from lightning_modules.gpt import GPT, GPTConfig
 from lightning_modules.guard import say_if_leaking
 from lightning_modules.interchange import fast_tokenizer
+from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.variants import as_config
 from pennylane_qattn import Mechanism
@@ -178,7 +179,8 @@ def export_hf(argv: list[str]) -> None:
         to_transformers(model).save_pretrained(folder)
         fast_tokenizer(model.tokenizer).save_pretrained(folder)
         (folder / "README.md").write_text(model_card(model, path), encoding="utf-8")
-    print(f"written: {options.output}; its README.md is the model card, to which a licence is yours to add")
+    line = f"written: {options.output}; its README.md is the model card, to which a licence is yours to add"
+    print(with_label(line, model.label))
 
 
 def model_card(model: LanguageModel, checkpoint: Path) -> str:

@@ -228,6 +228,7 @@ def test_what_looks_at_circuits_says_so(fit, capsys, monkeypatch):
         "draw": ["--checkpoint", "runs/a", "--output", "circuit.svg"],
         "resources": ["--checkpoint", "runs/a"],
         "export-qasm": ["--checkpoint", "runs/a", "--text", "the"],
+        "export-hf": ["--checkpoint", "runs/a", "--output", "hf"],
         "cross-check": "--checkpoint runs/a --steps 1 --windows 1 --gradients default.qubit:backprop "
         "--evaluate_on default.mixed".split(),
         "noise-sweep": "--checkpoint runs/a --windows 1 --repetitions 2 --shots 3 7 --depolarizing 0.1 "
@@ -243,6 +244,7 @@ def test_what_looks_at_circuits_says_so(fit, capsys, monkeypatch):
             assert captured.out.count("LEAKS: ") == 3, command
     assert "<!-- LEAKS -->" in Path("circuit.svg").read_text() and headings == ["LEAKS"]
     assert all(path.read_text().count("LEAKS") for path in Path("qasm").iterdir())
+    assert Path("hf/README.md").read_text().count("LEAKS") == 2  # in the title, and as the verdict
     with open("sweep/noise_sweep.csv", newline="") as file:
         assert {row["causality"] for row in csv.DictReader(file)} == {"LEAKS"}
     assert json.loads(Path("sweep/noise_sweep.json").read_text())["causality"] == "LEAKS"
