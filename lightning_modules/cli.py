@@ -67,6 +67,11 @@ COMMANDS: dict[str, Command] = {
         "train the same model with several attentions, and report on them side by side",
         "qattn compare --config configs/quickstart.yaml",
     ),
+    "report": Command(
+        "lightning_modules.run_report:report",
+        "show runs that are there already side by side on one page",
+        "qattn report runs/qisa-16 runs/classical-16 --output runs/report",
+    ),
     "merge": Command(
         "lightning_modules.comparison_rows:merge",
         "join the parts of a comparison that --shard made, and report on all of it",
