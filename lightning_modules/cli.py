@@ -19,7 +19,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from lightning_modules.execution_options import add_execution_options, execution_of
 from lightning_modules.labels import with_label
@@ -37,10 +37,20 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "new": Command(
+        "lightning_modules.new_command:new",
+        "write a config for fit, with a comment above every line",
+        "qattn new --attention qsann --preset qisa-16 --output mine.yaml",
+    ),
     "fit": Command(
         "lightning_modules.training_cli:fit",
         "train a model, or continue a run that was stopped",
         "qattn fit --config configs/qisa-16.yaml",
+    ),
+    "completion": Command(
+        "lightning_modules.completion_command:completion",
+        "print a script with which bash or zsh completes commands, options and names",
+        "qattn completion bash > ~/.qattn-completion.bash",
     ),
     "validate": Command(
         "lightning_modules.training_cli:validate",
@@ -174,6 +184,40 @@ def function_of(name: str) -> Callable[[list[str]], int | None]:
     return getattr(importlib.import_module(module), function)
 
 
+# --- parsers ---------------------------------------------------------------------------------------------------
+
+
+class Handed(Exception):
+    """A parser on its way to `parser_of`."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        super().__init__(parser)
+        self.parser = parser
+
+
+class HandsOver:
+    """Goes before the class of a command's parser, so that `parser_of` can have the parser."""
+
+    is_wanted: ClassVar[bool] = False
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        if HandsOver.is_wanted:
+            raise Handed(self)
+        return super().parse_args(*args, **options)
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command, as it is about to read the command's arguments; nothing is run."""
+    HandsOver.is_wanted = True
+    try:
+        function_of(name)([])
+    except Handed as handed:
+        return handed.parser
+    finally:
+        HandsOver.is_wanted = False
+    raise TypeError(f"the command {name!r} has no parser that hands itself over; base it on HandsOver")
+
+
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +289,7 @@ def unknown_option(name: str, known: Sequence[str], prog: str) -> str:
 # --- generate ---------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(HandsOver, argparse.ArgumentParser):
     """One whose errors are ValueErrors."""
 
     def error(self, message: str) -> NoReturn:
