@@ -3,8 +3,9 @@
 Nothing heavy is imported before a subcommand is known. A subcommand is a function that takes the arguments behind its
 name and returns an exit status, or `None` for 0; it stands in `COMMANDS` by the name of its module and its own.
 
-Exit status: 0; 1 if the work failed; 2 for bad input; 130 after Ctrl-C and 143 after SIGTERM. An error is one line on
-stderr; with QATTN_DEBUG=1 in the environment its traceback comes first.
+Exit status: 0; 1 if the work failed or a check did; 2 for bad input; 130 after Ctrl-C, 143 after SIGTERM and 141 where
+the reader of a pipe is gone. An error is one line on stderr; with QATTN_DEBUG=1 in the environment its traceback comes
+first.
 """
 
 import argparse
