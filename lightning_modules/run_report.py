@@ -158,7 +158,8 @@ class Run:
     @property
     def causal(self) -> bool | None:
         """Whether the run is causal, by its certificates; a leak that is written anywhere counts."""
-        verdicts = {self.row.get("causality"), (self.saved.get("causality") or {}).get("verdict")}
+        certificate = self.saved.get("causality")
+        verdicts = {self.row.get("causality"), certificate.get("verdict") if isinstance(certificate, dict) else None}
         verdicts |= {row.get(LABEL) for row in complete_rows(self.folder / METRICS)} if self.folder else set()
         return False if LEAKS in verdicts else True if "causal" in verdicts else None
 
