@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_modules import cli
 
 
-class Parser(LightningArgumentParser):
+class Parser(cli.HandsOver, LightningArgumentParser):
     """A parser that takes no abbreviations, and names the config in which a mistake is."""
 
     def __init__(self, *args: Any, **kwargs: Any):

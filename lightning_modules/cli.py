@@ -3,8 +3,9 @@
 Nothing heavy is imported before a subcommand is known. A subcommand is a function that takes the arguments behind its
 name and returns an exit status, or `None` for 0; it stands in `COMMANDS` by the name of its module and its own.
 
-Exit status: 0; 1 if the work failed; 2 for bad input; 130 after Ctrl-C and 143 after SIGTERM. An error is one line on
-stderr; with QATTN_DEBUG=1 in the environment its traceback comes first.
+Exit status: 0; 1 if the work failed or a check did; 2 for bad input; 130 after Ctrl-C, 143 after SIGTERM and 141 where
+the reader of a pipe is gone. An error is one line on stderr; with QATTN_DEBUG=1 in the environment its traceback comes
+first.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from lightning_modules.execution_options import add_execution_options, execution_of
 from lightning_modules.labels import with_label
@@ -37,10 +38,20 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "new": Command(
+        "lightning_modules.new_command:new",
+        "write a config for fit, with a comment above every line",
+        "qattn new --attention qsann --preset qisa-16 --output mine.yaml",
+    ),
     "fit": Command(
         "lightning_modules.training_cli:fit",
         "train a model, or continue a run that was stopped",
         "qattn fit --config configs/qisa-16.yaml",
+    ),
+    "completion": Command(
+        "lightning_modules.completion_command:completion",
+        "print a script with which bash or zsh completes commands, options and names",
+        "qattn completion bash > ~/.qattn-completion.bash",
     ),
     "validate": Command(
         "lightning_modules.training_cli:validate",
@@ -66,6 +77,11 @@ COMMANDS: dict[str, Command] = {
         "lightning_modules.experiment:compare",
         "train the same model with several attentions, and report on them side by side",
         "qattn compare --config configs/quickstart.yaml",
+    ),
+    "report": Command(
+        "lightning_modules.run_report:report",
+        "show runs that are there already side by side on one page",
+        "qattn report runs/qisa-16 runs/classical-16 --output runs/report",
     ),
     "merge": Command(
         "lightning_modules.comparison_rows:merge",
@@ -113,7 +129,7 @@ COMMANDS: dict[str, Command] = {
         'qattn export-qasm --checkpoint runs/qisa-16 --text "To be" --output qasm',
     ),
     "export-hf": Command(
-        "lightning_modules.pretrained:export_hf",
+        "lightning_modules.export_command:export_hf",
         "write a checkpoint as a folder of Hugging Face, with a model card",
         "qattn export-hf --checkpoint runs/qisa-16 --output qisa-16-hf",
     ),
@@ -172,6 +188,40 @@ def function_of(name: str) -> Callable[[list[str]], int | None]:
         raise ValueError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}")
     module, function = COMMANDS[name].function.split(":")
     return getattr(importlib.import_module(module), function)
+
+
+# --- parsers ---------------------------------------------------------------------------------------------------
+
+
+class Handed(Exception):
+    """A parser on its way to `parser_of`."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        super().__init__(parser)
+        self.parser = parser
+
+
+class HandsOver:
+    """Goes before the class of a command's parser, so that `parser_of` can have the parser."""
+
+    is_wanted: ClassVar[bool] = False
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        if HandsOver.is_wanted:
+            raise Handed(self)
+        return super().parse_args(*args, **options)
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command, as it is about to read the command's arguments; nothing is run."""
+    HandsOver.is_wanted = True
+    try:
+        function_of(name)([])
+    except Handed as handed:
+        return handed.parser
+    finally:
+        HandsOver.is_wanted = False
+    raise TypeError(f"the command {name!r} has no parser that hands itself over; base it on HandsOver")
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -245,7 +295,7 @@ def unknown_option(name: str, known: Sequence[str], prog: str) -> str:
 # --- generate ---------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(HandsOver, argparse.ArgumentParser):
     """One whose errors are ValueErrors."""
 
     def error(self, message: str) -> NoReturn:

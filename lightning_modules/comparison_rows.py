@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +38,25 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_history(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
     """The rows of a run's metrics.csv, numbers only."""
-    table = Path(folder) / "metrics.csv"
+    rows = complete_rows(Path(folder) / "metrics.csv")
+    return [{k: float(v) for k, v in row.items() if v and _is_number(v)} for row in rows]
+
+
+def complete_rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, none if there is no file; the row that a run is just writing is left out."""
     if not table.is_file():
         return []  # of a run that logged nothing
-    with open(table, encoding="utf-8", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v and _is_number(v)} for row in csv.DictReader(file)]
+    try:
+        text = table.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(table)!r} is damaged; remove it") from None
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def training_speed(history: Sequence[dict[str, float]]) -> float:
+    """Characters a second in training: the median of a run's rows, NaN if none says."""
+    speeds = [row["train_characters_per_second"] for row in history if "train_characters_per_second" in row]
+    return statistics.median(speeds) if speeds else math.nan
 
 
 def _is_number(text: str) -> bool:

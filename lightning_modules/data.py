@@ -276,9 +276,7 @@ class TextDataModule(L.LightningDataModule):
 
         self.corpus = load_corpus(corpus, data_dir=data_dir)
         text = self.corpus.text
-        fractions = train_fraction, val_fraction
-        cuts = _published_cuts(len(text)) if published_split else _cuts(len(text), *fractions)
-        texts = {name: text[cut] for name, cut in cuts.items()}
+        texts = split_text(text, train_fraction, val_fraction, published_split)
         # A source has all its symbols in the vocabulary, also those too rare for a short text.
         characters = text + (self.corpus.source_model.symbols if self.corpus.source_model else "")
         self.tokenizer = _build_tokenizer(tokenizer, characters, texts["training"], bpe_vocab_size)
@@ -344,6 +342,14 @@ class TextDataModule(L.LightningDataModule):
         return f"TextDataModule({self.corpus.name}, {self.tokenizer}, block_size={self.block_size}, {sizes})"
 
     __str__ = __repr__  # Lightning's own takes every loader for a DataLoader
+
+
+def split_text(
+    text: str, train_fraction: float = 0.8, val_fraction: float = 0.1, published_split: bool = False
+) -> dict[str, str]:
+    """The pieces of a text, by the name of the split, with the options of `TextDataModule`."""
+    cuts = _published_cuts(len(text)) if published_split else _cuts(len(text), train_fraction, val_fraction)
+    return {name: text[cut] for name, cut in cuts.items()}
 
 
 def _cuts(length: int, train_fraction: float, val_fraction: float) -> dict[str, slice]:

@@ -6,6 +6,7 @@ changes; for any other this is what it is worth.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,13 @@ def continue_freely(model: LanguageModel, windows: Windows, count: int, temperat
     if not any(reference.strip() for reference in references):
         return None
     return continuation_metrics([decode(text[length:]) for text in written], references)
+
+
+def write_sample(model: LanguageModel, prompt: str, length: int, temperature: float) -> tuple[str, float]:
+    """The prompt with `length` tokens that a model writes behind it, and how many characters a second it wrote."""
+    begun = time.perf_counter()
+    (sample,) = model.generate([prompt], length, temperature=temperature, seed=0)
+    return sample, (len(sample) - len(prompt)) / (time.perf_counter() - begun)
 
 
 def _batches(windows: Windows, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,11 +1,13 @@
-"""Trained models as folders of Hugging Face: `qattn export-hf`.
+"""Trained models as folders of Hugging Face, for `qattn export-hf`.
 
 A folder has the weights as safetensors, the configuration as plain data, the tokenizer, and a model card from what the
 run has left: what `push_to_hub` wants. Once this module has been imported, `AutoModelForCausalLM` and `AutoTokenizer`
 read it, and nothing that a folder names is imported. Needs `transformers`, the extra `hf`.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_modules.checkpoints import CHECKPOINTS, resolve
-from lightning_modules.circuit_commands import command_parser
+from lightning_modules.checkpoints import CHECKPOINTS
 from lightning_modules.cli import version
 from lightning_modules.comparison_rows import read_history
-from lightning_modules.files import new_folder
 from lightning_modules.gpt import GPT, GPTConfig
-from lightning_modules.guard import say_if_leaking
-from lightning_modules.interchange import fast_tokenizer
-from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.variants import as_config
 from pennylane_qattn import Mechanism
@@ -30,7 +27,7 @@ from pennylane_qattn.features import PerHeadFeatureMap
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutput
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 except ImportError:
     raise ImportError(
         "Hugging Face models need transformers; install it with: pip install 'pennylane-qattn[hf]'"
@@ -160,27 +157,16 @@ def to_transformers(model: LanguageModel) -> QAttnGPTForCausalLM:
     return exported.to(model.gpt.head.weight).eval()
 
 
-def export_hf(argv: list[str]) -> None:
-    """`qattn export-hf`."""
-    parser = command_parser(
-        "export-hf",
-        "Writes a checkpoint as a folder of Hugging Face: weights as safetensors, configuration, tokenizer, and a "
-        "model card from what the run has left.",
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="F", help="the .ckpt file, or the folder of a run (its best one)")
-    add("--output", required=True, metavar="DIR", help="the folder; a new one, or empty")
-    options = parser.parse_args(argv)
-    path = resolve(options.checkpoint)
-    model = LanguageModel.load_from_checkpoint(path)
-    say_if_leaking(model, options.checkpoint)
-    disable_progress_bar()
-    with new_folder(options.output) as folder:
-        to_transformers(model).save_pretrained(folder)
-        fast_tokenizer(model.tokenizer).save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model, path), encoding="utf-8")
-    line = f"written: {options.output}; its README.md is the model card, to which a licence is yours to add"
-    print(with_label(line, model.label))
+@contextlib.contextmanager
+def without_progress() -> Iterator[None]:
+    """transformers draws no progress bars meanwhile."""
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def model_card(model: LanguageModel, checkpoint: Path) -> str:

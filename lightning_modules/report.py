@@ -1,7 +1,8 @@
 """Finished runs side by side: a table for the terminal, a self-contained web page, plain numbers.
 
-`write_report` needs no network, no JavaScript and no display. The plots are matplotlib figures of their own
-(no pyplot) and stand in the page as SVG, in the page's own colours, light or dark.
+`write_report` needs no network and no display. The plots are matplotlib figures of their own (no pyplot) and stand in
+the page as SVG, in the page's own colours, light or dark. The page has no JavaScript, or, where maps are to be read
+with the pointer, some lines of its own without which it shows the same.
 """
 
 import base64
@@ -269,9 +270,12 @@ def _draw_map(axes, weights: Any, labels: Sequence[str]) -> None:
 
 
 def _visible(token: str) -> str:
+    return _shortened(_printable(token), 10)
+
+
+def _printable(token: str) -> str:
     shown = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "→")
-    shown = "".join(character if character.isprintable() else "·" for character in shown)
-    return _shortened(shown, 10)
+    return "".join(character if character.isprintable() else "·" for character in shown)
 
 
 def _shortened(text: str, length: int) -> str:
@@ -351,7 +355,13 @@ def _svg(figure: Figure, salt: str, **options: Any) -> str:
 # --- page ---
 
 
-def write_report(folder: str | Path, results: Sequence[RunResult], title: str, notes: str | Sequence[str] = ()) -> Path:
+def write_report(
+    folder: str | Path,
+    results: Sequence[RunResult],
+    title: str,
+    notes: str | Sequence[str] = (),
+    hover: bool = False,
+) -> Path:
     """Write ``report.html``, ``results.json`` and the pictures of the runs.
 
     The page holds everything it shows. ``results.json`` holds the numbers, samples and settings, without the
@@ -363,6 +373,7 @@ def write_report(folder: str | Path, results: Sequence[RunResult], title: str, n
         results: in the order wanted.
         title: headline of the page.
         notes: a paragraph, or some, shown below the headline.
+        hover: the pointer over an attention map brings up query, key and weight; the page then has a script.
 
     Returns:
         The path of ``report.html``.
@@ -379,7 +390,7 @@ def write_report(folder: str | Path, results: Sequence[RunResult], title: str, n
     for result in results:
         if result.circuit:
             _marked(result.circuit, result)
-    page = _page(results, title, [notes] if isinstance(notes, str) else notes)
+    page = _page(results, title, [notes] if isinstance(notes, str) else notes, hover)
     pictures = {"loss": (loss_figure(results), {})}
     for name, result in zip(names, results, strict=True):
         pictures[f"attention-{name}"] = (attention_figure(result), {})
@@ -394,7 +405,7 @@ def write_report(folder: str | Path, results: Sequence[RunResult], title: str, n
     return Path(folder) / "report.html"
 
 
-def _page(results: Sequence[RunResult], title: str, notes: Sequence[str]) -> str:
+def _page(results: Sequence[RunResult], title: str, notes: Sequence[str], hover: bool) -> str:
     figures = _InlineFigures()
     plots = [
         (heading, caption, figures.svg(figure, heading))
@@ -426,6 +437,9 @@ def _page(results: Sequence[RunResult], title: str, notes: Sequence[str]) -> str
         settings=_settings(results),
         results=results,
         bleu=describe_bleu(),
+        hover=hover,
+        weights_of=_base64_weights,
+        tokens_of=_json_tokens,
     )
 
 
@@ -502,13 +516,25 @@ class _InlineFigures:
         return tag.format(figure.get_size_inches()[0] * 96, description) + Markup(svg)
 
 
-def _heads(figures: _InlineFigures, result: RunResult, layer: str, maps: torch.Tensor) -> list[tuple[str, Markup]]:
+def _heads(
+    figures: _InlineFigures, result: RunResult, layer: str, maps: torch.Tensor
+) -> list[tuple[str, Markup, torch.Tensor]]:
     captions = [layer if len(maps) == 1 else f"{layer}, head {head + 1}" for head in range(len(maps))]
     drawn = (_map_figure(one, result.attention_labels) for one in maps)
     return [
-        (caption, figures.svg(figure, f"Attention weights of {result.title}, {caption}"))
-        for caption, figure in zip(captions, drawn, strict=True)
+        (caption, figures.svg(figure, f"Attention weights of {result.title}, {caption}"), one)
+        for caption, figure, one in zip(captions, drawn, maps, strict=True)
     ]
+
+
+def _base64_weights(weights: torch.Tensor) -> str:
+    """A map, row by row, as the script of the page reads it: float32, the lowest byte first."""
+    return base64.b64encode(weights.numpy().astype("<f4").tobytes()).decode()
+
+
+def _json_tokens(result: RunResult) -> str:
+    """The tokens of a run's maps, whole and with blanks that can be seen."""
+    return json.dumps([_printable(label) for label in result.attention_labels], ensure_ascii=False)
 
 
 def _data_uri(figure: Figure) -> str:

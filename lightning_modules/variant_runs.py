@@ -6,8 +6,6 @@ A run leaves one row, a file of its own, written once the model has been trained
 import hashlib
 import json
 import math
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ from lightning_modules import comparison_rows as rows
 from lightning_modules import timing
 from lightning_modules.checkpoints import CHECKPOINTS, LAST
 from lightning_modules.data import TextDataModule, Windows
-from lightning_modules.evaluation import evaluate, finite, window_losses
+from lightning_modules.evaluation import evaluate, finite, window_losses, write_sample
 from lightning_modules.executions import say
 from lightning_modules.inspection import attention_maps, circuit_drawing
 from lightning_modules.language_model import LanguageModel, batches_per_epoch, planned_steps
@@ -263,15 +261,11 @@ class VariantRuns:
         if excess is not None and below_optimum(excess, error, windows=len(windows)):
             say(f"{variant.title} is better than the best there can be by {-excess:.4f} nats: LEAKS")
             verdict = "LEAKS"
-        history = rows.read_history(self.folder(seed))
-        speeds = [row["train_characters_per_second"] for row in history if "train_characters_per_second" in row]
-        speed = statistics.median(speeds) if speeds else math.nan
+        speed = rows.training_speed(rows.read_history(self.folder(seed)))
         steps = training.trainer.global_step
         inputs, targets = next(iter(data.train_dataloader()))
         prompt = self._prompt(model, windows)
-        begun = time.perf_counter()
-        (sample,) = model.generate([prompt], self.options.sample_length, temperature=self.options.temperature, seed=0)
-        written = (len(sample) - len(prompt)) / (time.perf_counter() - begun)
+        sample, written = write_sample(model, prompt, self.options.sample_length, self.options.temperature)
         characters = len(data.tokenizer.decode(targets.flatten().tolist())) / targets.numel()
         return {
             "steps": steps,

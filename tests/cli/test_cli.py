@@ -1,6 +1,7 @@
 """The command itself: its help, its errors, and what it imports."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,44 @@ class MisconfigurationException(Exception):
 def test_errors_are_one_line(monkeypatch, refused, error, status, line):
     monkeypatch.setattr(cli, "function_of", lambda name: raising(error))
     assert refused("fit", status=status) == line
+
+
+#: How a command may end, by exit status: what it gives back, or raises.
+ENDS = {
+    0: "return None",
+    1: "raise FloatingPointError('the loss is nan')",
+    2: "raise ValueError('no such thing')",
+    130: "raise KeyboardInterrupt",
+    141: "raise BrokenPipeError",
+    143: "raise Stopped(143)",
+}
+
+
+def test_the_page_lists_every_exit_status():
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert [int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)] == list(ENDS)
+
+
+@pytest.mark.parametrize("status", ENDS)
+def test_exit_status(status):
+    """Of a process, as a shell sees it."""
+    done = python(
+        "import sys\n"
+        "from lightning_modules import cli\n"
+        "class Stopped(SystemExit):\n"
+        "    message = 'stopped by SIGTERM'\n"
+        "def command(argv):\n"
+        f"    {ENDS[status]}\n"
+        "cli.function_of = lambda name: command\n"
+        "sys.exit(cli.main(['fit']))"
+    )
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert done.stderr.startswith("qattn: error: ") == (status not in (0, 141))
+
+
+@pytest.mark.parametrize(("attention", "status"), [("qisa", 0), ("qisa-published", 1)])
+def test_a_check_that_fails_has_status_1(attention, status):
+    assert cli.main(["certify", attention]) == status
 
 
 def test_ctrl_c_as_lightning_ends(monkeypatch, refused):

@@ -145,15 +145,16 @@ def test_a_process_that_was_killed_goes_on(fit, tiny):
     assert metrics("runs/a") == metrics("runs/whole")
 
 
-def test_ctrl_c(tiny):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_checkpoint(tiny, sent, status):
     steps = ["--trainer.max_steps", "100000", "--run", "a", "--checkpoint_every", "100000"]
     process = start("fit", *tiny, *steps)
     wait_for_step(process, 20)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     line = error.splitlines()[-1]
-    assert line.startswith("qattn: error: stopped by SIGINT at step ") and line.endswith(LAST)
+    assert line.startswith(f"qattn: error: stopped by {sent.name} at step ") and line.endswith(LAST)
     assert "Traceback" not in error
     step = read_checkpoint(LAST)["global_step"]
     assert step >= 10 and f"at step {step};" in line
