@@ -154,7 +154,10 @@ def test_the_citation_names_both_papers():
 
 @pytest.mark.parametrize(
     "section, key",
-    [("options", "install_requires"), *(("options.extras_require", extra) for extra in ("test", "hf", "docs"))],
+    [
+        ("options", "install_requires"),
+        *(("options.extras_require", extra) for extra in ("test", "hf", "docs", "release")),
+    ],
 )
 def test_every_requirement_is_pinned_within_its_range(section, key):
     pinned = pins()
@@ -296,7 +299,7 @@ def test_the_top_level_stays_as_it_is():
 # -- the scripts ---------------------------------------------------------------------------------------------
 
 
-SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("docs", "environment", "quickstart", "test"))]
+SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("docs", "environment", "quickstart", "release", "test"))]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
