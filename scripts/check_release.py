@@ -56,8 +56,9 @@ def version(sources: Path) -> str:
 
 
 def package_files(sources: Path) -> set[str]:
-    """What belongs into both archives: every module, and the data that setup.cfg lists."""
+    """What belongs into both archives: every module, the mark that it has types, and the data that setup.cfg lists."""
     found = {path for package in PACKAGES for path in (sources / package).rglob("*.py")}
+    found |= {sources / package / "py.typed" for package in PACKAGES}
     for package, patterns in setup_cfg(sources)["options.package_data"].items():
         found.update(path for pattern in patterns.split(",") for path in (sources / package).glob(pattern.strip()))
     return {path.relative_to(sources).as_posix() for path in found}
