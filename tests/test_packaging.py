@@ -174,7 +174,9 @@ def test_every_requirement_is_pinned_within_its_range(section, key):
 def test_what_the_pinned_packages_need_is_pinned_too():
     """Follows the metadata of what is installed, so a package added to setup.cfg cannot come in unpinned."""
     pinned = pins()
-    names = ["test", "hf"] + (["docs"] if importlib.util.find_spec("sphinx") else [])
+    names = ["test", "hf"] + [
+        extra for extra, module in (("docs", "sphinx"), ("release", "twine")) if importlib.util.find_spec(module)
+    ]
     extras = [requirements("options.extras_require", extra) for extra in names]
     waiting = [(r, "setup.cfg") for r in sum(extras, requirements("options", "install_requires"))]
     seen = set()
