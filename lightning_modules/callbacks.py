@@ -50,7 +50,7 @@ class RandomState(Callback):
     leaves them as they were, so training does not depend on when it is validated.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._of_training: dict[str, Any] | None = None
         self._to_restore: dict[str, Any] | None = None
 
@@ -313,7 +313,7 @@ def _set_position(loops: dict[str, Any], batches_per_epoch: int | float, in_vali
 class RichProgress(RichProgressBar):
     """Lightning's rich progress bar, on stderr, that knows the end of a run of so many steps, also a continued one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(console_kwargs={"stderr": True})
 
     @property
@@ -355,7 +355,7 @@ class RichProgress(RichProgressBar):
 class PlainProgress(ProgressBar):
     """One line on stderr after each validation, for where no terminal is."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._enabled, self._begun = True, 0.0
 

@@ -245,7 +245,7 @@ def _report(error: BaseException) -> int:
     label = getattr(error, "label", "")  # of the run that it ended
     print(f"qattn: error: {with_label(one_line(error), label)}", file=sys.stderr)
     if isinstance(error, SystemExit):
-        return error.code
+        return error.code if isinstance(error.code, int) else FAILURE
     return BAD_INPUT if _is_bad_input(error) else FAILURE
 
 

@@ -229,7 +229,7 @@ def _print(
         console.width = WIDTH
 
     def line(text: str, indent: str = "") -> None:
-        indents = dict(initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
+        indents: dict[str, Any] = dict(initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
         console.print(escape(textwrap.fill(text, console.width, **indents)))
 
     def head(text: str) -> None:

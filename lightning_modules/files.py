@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
         raise ValueError(f"mode must be 'wb' or 'w'; got {mode!r}")
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():

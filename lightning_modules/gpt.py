@@ -95,7 +95,7 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     init: str = "torch"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         optional = () if self.feedforward_dim is None else ("feedforward_dim",)
         for name in ("vocab_size", "block_size", "num_layers", "num_heads", "embed_dim", *optional):
             value = getattr(self, name)
@@ -258,7 +258,7 @@ class GPT(nn.Module):
         x = self.embed_dropout(x + _embed(self.position_embedding, places, "position ids"))
         runs_again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not caches
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            context = {"key_padding_mask": key_padding_mask, "position_ids": position_ids, "cache": cache}
+            context: dict[str, Any] = dict(key_padding_mask=key_padding_mask, position_ids=position_ids, cache=cache)
             x = checkpoint(block, x, use_reentrant=False, **context) if runs_again else block(x, **context)
         return self.final_norm(x)
 

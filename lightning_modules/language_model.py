@@ -40,7 +40,7 @@ class Optimisation:
     schedule_steps: int | None
     decay_all: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite; got {self.learning_rate}")
@@ -473,8 +473,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 class _Stopwatch:
     """Seconds of running since the last reading."""
 
-    def __init__(self):
-        self._seconds, self._since = 0.0, None
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since: float | None = None
 
     def start(self) -> None:
         if self._since is None:

@@ -257,7 +257,7 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 
 def _table(title: str) -> Table:
-    style = dict(title_justify="left", title_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    style: dict[str, Any] = dict(title_justify="left", title_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     return Table(box=SIMPLE_HEAD, title=title, **style)
 
 

@@ -100,7 +100,7 @@ def _random(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:
         "learned-quadratic": "random-quadratic",
     }
     counterpart = counterparts.get(_values(mechanism))
-    return counterpart and _with_values(mechanism, counterpart)
+    return _with_values(mechanism, counterpart) if counterpart else None
 
 
 def _rectified(mechanism: Mechanism, attention: nn.Module) -> Mechanism | None:

@@ -59,7 +59,7 @@ class QISAAnsatz(Ansatz):
     name = "qisa"
     layers: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least_one(self.layers)
 
     def shape(self, num_wires: int) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class StronglyEntangling(Ansatz):
     name = "strongly-entangling"
     layers: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least_one(self.layers)
 
     def shape(self, num_wires: int) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class BasicEntangler(Ansatz):
     layers: int = 1
     rotation: str = "X"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least_one(self.layers)
         if self.rotation not in ("X", "Y", "Z"):
             raise ValueError(f"rotation must be 'X', 'Y' or 'Z'; got {self.rotation!r}")
@@ -145,7 +145,7 @@ class FunctionAnsatz(Ansatz):
     weight_shape: tuple[int | str, ...]
     _programs: dict[int, Program] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         function = _import(self.function) if isinstance(self.function, str) else self.function
         if not callable(function):
             raise ValueError(f"function must be callable or an import path; got {self.function!r}")
@@ -195,7 +195,7 @@ class TracedAnsatz(Ansatz):
     source_sha256: str
     programs: tuple[dict, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "programs", tuple(self.programs))
         object.__setattr__(self, "_read", {p.num_wires: p for p in map(Program.from_plain, self.programs)})
 

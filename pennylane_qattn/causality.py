@@ -145,8 +145,8 @@ def _run(trial: Trial, progresses: Sequence[Progress]) -> Leak | None:
                 _leave_out(progresses, "no time")
                 return None
             except Exception as error:  # a module raises what it likes
-                why = f"it raises {type(error).__name__} in {progress.mode} mode: {one_line(error)}"
-                progress.undecided = progress.left_out = why
+                raised = f"it raises {type(error).__name__} in {progress.mode} mode: {one_line(error)}"
+                progress.undecided = progress.left_out = raised
             progress.has_least = True
     return None
 

@@ -28,7 +28,7 @@ class Circuit:
     encoding: Encoding | str = "amplitude"
     ansatz: Ansatz | str = "qisa"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_features < 1:
             raise ValueError(f"num_features must be at least 1; got {self.num_features}")
         object.__setattr__(self, "encoding", ENCODINGS.build(self.encoding))
@@ -63,7 +63,7 @@ class Circuit:
             device = qml.device(device, wires=self.num_wires)
         return qml.QNode(self.quantum_function, device, **{"interface": "torch", **options})
 
-    def draw(self, **options: Any):
+    def draw(self, **options: Any) -> Any:
         """A matplotlib figure of the circuit, with the encoding as one box."""
         generator = torch.Generator().manual_seed(0)
         weights = torch.rand(self.weight_shape, generator=generator)

@@ -148,11 +148,11 @@ class Runner:
     seed: int | None = None
     meter: Meter = field(default_factory=Meter)
     retries: int = 2
-    _stream: tuple | None = field(default=None, init=False, repr=False)
+    _stream: Any = field(default=None, init=False, repr=False)
     #: A simulator has one state: two threads at a time would read each other's.
     _lock: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _ = self.device  # mistakes show now
 
     def __getstate__(self) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def _executions(tapes: Sequence[QuantumScript]) -> int:
 
 def _kind(tape: QuantumScript) -> tuple:
     """What preprocessing may depend on: the names of the gates, and the observables, which equal tapes share."""
-    measured = []
+    measured: list[Any] = []
     for measurement in tape.measurements:
         if isinstance(measurement, StateMP):
             measured.append("state")

@@ -96,7 +96,7 @@ class AngleEncoding(Encoding):
     uses_gates = True
     rotation: str = "Y"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rotation not in ("X", "Y"):
             raise ValueError(f"rotation must be 'X' or 'Y'; got {self.rotation!r} (Z leaves |0> as it is)")
 

@@ -311,7 +311,7 @@ class Memory:
     weights need no gradient, as in generation token by token; otherwise, and under `torch.compile`, it steps aside.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._weights: Tensor | None = None
         self._key: Any = None
         self._result: Any = None

@@ -409,7 +409,7 @@ def apart() -> Iterator[None]:
 class _Widths(TorchDispatchMode):
     """Notes the sizes of all floating numbers that operations give."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.seen: set[int] = set()
 

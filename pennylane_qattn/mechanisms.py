@@ -142,7 +142,7 @@ class CircuitMechanism(Mechanism, ABC):
     split: bool = False
     trainable: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "ansatz", ANSATZE.build(self.ansatz))
         object.__setattr__(self, "encoding", ENCODINGS.build(self.encoding))
 
@@ -179,7 +179,7 @@ class FreeValues(CircuitMechanism, ABC):
     span: int = 1
     rank: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.span, Integral) or self.span < 1:
             raise ValueError(f"span must be an integer of at least 1, the token itself; got {self.span!r}")
@@ -346,7 +346,7 @@ class ScaledDot(FreeValues):
     values: str = "quadratic"
     temperature: str = "fixed"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature not in TEMPERATURES:
             raise ValueError(f"temperature must be one of {', '.join(TEMPERATURES)}; got {self.temperature!r}")
@@ -469,7 +469,7 @@ class Grover(FreeValues):
     length: int = 3
     delta: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_options(**self._amplification)
 
@@ -511,7 +511,7 @@ class GroverSparse(FreeValues):
     shifted: bool = True
     beta: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.score not in SPARSE_SCORES:
             raise ValueError(f"score must be one of {', '.join(SPARSE_SCORES)}; got {self.score!r}")

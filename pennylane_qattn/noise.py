@@ -22,7 +22,7 @@ class Noise:
     amplitude_damping: float = 0.0
     readout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, most in (("depolarizing", 1.0), ("amplitude_damping", 1.0), ("readout", 1.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:

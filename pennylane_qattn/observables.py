@@ -96,7 +96,7 @@ def group_words(words: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
 @lru_cache(maxsize=4096)
 def word_signs(word: str) -> np.ndarray:
     """Eigenvalue (+1 or -1) of the word for each basis state of its measurement basis, `(2 ** wires,)`."""
-    signs = np.ones(1)
+    signs: np.ndarray = np.ones(1)
     for letter in word:
         signs = np.kron(signs, [1.0, 1.0] if letter == "I" else [1.0, -1.0])
     return signs

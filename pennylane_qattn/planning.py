@@ -59,7 +59,7 @@ class Execution:
     max_executions: int | None = None
     retries: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def require(sound: bool, what: str) -> None:
             if not sound:
                 raise ValueError(what)

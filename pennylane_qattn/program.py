@@ -312,7 +312,7 @@ def _gates(recorded: list, results: list, label: str) -> tuple[tuple[Gate, ...],
 def trace_rotations(name: str, word: str | None, num_wires: int, count: int, dtype: torch.dtype) -> Graph:
     """PennyLane's formula for the matrices of `count` gates of one kind, traced: angles `(count,)` in, matrices out."""
     if word is not None:
-        options = {"pauli_word": word}
+        options: dict[str, Any] = {"pauli_word": word}
     else:
         options = {"num_wires": num_wires} if name == "MultiRZ" else {}
     compute = getattr(qml, name).compute_matrix

@@ -19,6 +19,7 @@ class Description:
     name: ClassVar[str]
     registry: ClassVar["Registry"]
     is_plain: ClassVar[bool] = True
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # of the subclasses
 
     def to_plain(self) -> dict[str, Any]:
         """This description as plain data: `{"kind": ..., "name": ..., option: value, ...}`."""

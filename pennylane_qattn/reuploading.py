@@ -117,7 +117,7 @@ class FoldedOnly(Executor):
     name = "folded"
     plan = Plan("folded", None, None, None, ("re-uploaded circuits are run in no other way",))
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(())
 
     def expectations(self, x: Tensor, weights: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Lints the code and runs the tests; fails if either finds a fault. Installs what that needs; see environment.sh.
+# Lints the code, checks its types and runs the tests; fails if any of these finds a fault. Installs what that needs; see environment.sh.
 #
-#   bash scripts/test.sh [--slow] [--plugins] [--docs] [arguments of pytest ...]
+#   bash scripts/test.sh [--slow] [--plugins] [--docs] [--coverage] [arguments of pytest ...]
 #
 # --slow     runs the slow tests too
 # --plugins  installs the devices of PennyLane's partners (the extra `plugins`), and runs the tests on them and nothing
 #            else
 # --docs     builds the documentation (docs.sh), with every example in it, and runs the tests of the pages and nothing
 #            else
+# --coverage prints, file by file, the lines of the packages that no test ran
 # Two processes run the tests side by side; `-n 0` runs them in one.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
@@ -18,6 +19,7 @@ for argument in "$@"; do
     case "$argument" in
     --slow) arguments+=(-m "not plugins") ;;
     --plugins) arguments+=(-m plugins) extras=test,hf,fast,plugins ;;
+    --coverage) arguments+=(--cov=pennylane_qattn --cov=lightning_modules --cov-report=term-missing:skip-covered) ;;
     --docs) docs=1 extras=test,hf,fast,docs ;;
     *) arguments+=("$argument") ;;
     esac
@@ -40,13 +42,18 @@ fi
 lint=0
 ruff check . || lint=1
 ruff format --check . || lint=1
+types=0
+python -m mypy || types=1
 tests=0
 python -m pytest -n 2 ${arguments[@]+"${arguments[@]}"} || tests=$?
 
 if ((lint)); then
     echo "error: ruff found faults, shown above the tests; 'ruff check --fix .' and 'ruff format .' mend most" >&2
 fi
+if ((types)); then
+    echo "error: mypy found faults, shown above the tests; [tool.mypy] in pyproject.toml says what it is asked" >&2
+fi
 if ((tests)); then
     exit "$tests"
 fi
-exit "$lint"
+exit "$((lint | types))"

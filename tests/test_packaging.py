@@ -154,7 +154,10 @@ def test_the_citation_names_both_papers():
 
 @pytest.mark.parametrize(
     "section, key",
-    [("options", "install_requires"), *(("options.extras_require", extra) for extra in ("test", "hf", "docs"))],
+    [
+        ("options", "install_requires"),
+        *(("options.extras_require", extra) for extra in ("test", "hf", "docs", "release")),
+    ],
 )
 def test_every_requirement_is_pinned_within_its_range(section, key):
     pinned = pins()
@@ -171,7 +174,9 @@ def test_every_requirement_is_pinned_within_its_range(section, key):
 def test_what_the_pinned_packages_need_is_pinned_too():
     """Follows the metadata of what is installed, so a package added to setup.cfg cannot come in unpinned."""
     pinned = pins()
-    names = ["test", "hf"] + (["docs"] if importlib.util.find_spec("sphinx") else [])
+    names = ["test", "hf"] + [
+        extra for extra, module in (("docs", "sphinx"), ("release", "twine")) if importlib.util.find_spec(module)
+    ]
     extras = [requirements("options.extras_require", extra) for extra in names]
     waiting = [(r, "setup.cfg") for r in sum(extras, requirements("options", "install_requires"))]
     seen = set()
@@ -296,7 +301,7 @@ def test_the_top_level_stays_as_it_is():
 # -- the scripts ---------------------------------------------------------------------------------------------
 
 
-SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("docs", "environment", "quickstart", "test"))]
+SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("docs", "environment", "quickstart", "release", "test"))]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

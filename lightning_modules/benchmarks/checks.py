@@ -173,7 +173,7 @@ def check_fused(model: GPT, tokens: Tensor) -> None:
 class _Operations(TorchDispatchMode):
     """Names of the operations that torch runs."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 

@@ -51,7 +51,7 @@ class Sparsity:
     order: int = 1
     shifted: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.support not in SUPPORTS:
             raise ValueError(f"support must be one of {', '.join(SUPPORTS)}; got {self.support!r}")
         if type(self.k) is not int or self.k < 1:

@@ -160,7 +160,7 @@ class Support:
     indices: Int[Tensor, "*batch queries k"]
     mask: Bool[Tensor, "*batch queries k"]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.indices.shape != self.mask.shape or self.indices.ndim < 2:
             shapes = f"{tuple(self.indices.shape)} and {tuple(self.mask.shape)}"
             raise ValueError(f"indices and mask must have one shape (*batch, queries, k); got {shapes}")
