@@ -196,20 +196,21 @@ def function_of(name: str) -> Callable[[list[str]], int | None]:
 class Handed(Exception):
     """A parser on its way to `parser_of`."""
 
-    def __init__(self, parser: argparse.ArgumentParser):
+    def __init__(self, parser: Any):
         super().__init__(parser)
         self.parser = parser
 
 
 class HandsOver:
-    """Goes before the class of a command's parser, so that `parser_of` can have the parser."""
+    """Goes before the class of a command's parser, argparse's or jsonargparse's, so that `parser_of` can have it."""
 
     is_wanted: ClassVar[bool] = False
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
         if HandsOver.is_wanted:
             raise Handed(self)
-        return super().parse_args(*args, **options)
+        parser: Any = super()
+        return parser.parse_args(*args, **options)
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ runs when the key is pressed.
 
 import argparse
 import re
+from typing import Any
 
 import shtab
 
@@ -52,10 +53,10 @@ def _add(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
         parser.add_argument(*action.option_strings, dest=action.dest, action="store_true", help=help)
         return
     names = action.option_strings or [action.dest]
-    where = {"dest": action.dest} if action.option_strings else {}
+    where: dict[str, Any] = {"dest": action.dest} if action.option_strings else {}
     added = parser.add_argument(*names, **where, nargs=action.nargs, choices=_choices(action) or None, help=help)
     if not added.choices and FILES & {action.metavar, action.dest.rsplit(".", 1)[-1]}:
-        added.complete = shtab.FILE
+        vars(added)["complete"] = shtab.FILE
 
 
 def _choices(action: argparse.Action) -> list[str]:

@@ -77,7 +77,7 @@ class _Past(KeyValueCache):
     def __len__(self) -> int:
         return self.cache.get_seq_length(self.layer)
 
-    def append(self, keys: Tensor, values: Tensor, padding: Tensor | None, positions: None):
+    def append(self, keys: Tensor, values: Tensor, padding: Tensor | None, positions: Tensor | None):
         length = len(self) + keys.shape[2]
         keys, values = self.cache.update(keys, values, self.layer)
         if keys.shape[2] != length:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_modules.files import new_folder
 from lightning_modules.gpt import GPT, GPTConfig
-from lightning_modules.tokenizers import BPETokenizer, CharTokenizer
+from lightning_modules.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
 from pennylane_qattn import Attention, Classical, LinearFeatureMap, ScaledDotScore
 
 if TYPE_CHECKING:
@@ -213,14 +213,16 @@ def _weights(ours: GPT, theirs: "OpenAIGPTLMHeadModel") -> Iterator[tuple[Tensor
             yield our.bias, bias
 
 
-def fast_tokenizer(tokenizer: CharTokenizer | BPETokenizer) -> "PreTrainedTokenizerFast":
+def fast_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
     """The tokenizer as transformers has it; one of characters becomes a byte-pair encoding without merges."""
     import tokenizers
 
     if isinstance(tokenizer, BPETokenizer):
         described = tokenizers.Tokenizer.from_str(tokenizer.description)
-    else:
+    elif isinstance(tokenizer, CharTokenizer):
         ids = {character: index for index, character in enumerate(tokenizer.characters)}
         described = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=[]))
         described.decoder = tokenizers.decoders.Fuse()
+    else:
+        raise ValueError(f"transformers has no counterpart of the tokenizer {tokenizer.name!r}; use char or bpe")
     return _transformers().PreTrainedTokenizerFast(tokenizer_object=described)

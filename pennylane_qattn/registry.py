@@ -6,7 +6,7 @@ as numbers, strings, lists and dicts. Reading it back looks names up in a regist
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 
 class Description:
@@ -27,7 +27,7 @@ class Description:
         return {"kind": self.registry.kind, "name": self.name, **{k: _plain(v) for k, v in options.items()}}
 
     @classmethod
-    def from_plain(cls, data: Mapping[str, Any]) -> "Description":
+    def from_plain(cls, data: Mapping[str, Any]) -> Self:
         """The description that `to_plain` wrote.
 
         Raises:
