@@ -48,11 +48,6 @@ COMMANDS: dict[str, Command] = {
         "train a model, or continue a run that was stopped",
         "qattn fit --config configs/qisa-16.yaml",
     ),
-    "completion": Command(
-        "lightning_modules.completion_command:completion",
-        "print a script with which bash or zsh completes commands, options and names",
-        "qattn completion bash > ~/.qattn-completion.bash",
-    ),
     "validate": Command(
         "lightning_modules.training_cli:validate",
         "compute the metrics of a checkpoint on the validation text",
@@ -132,6 +127,11 @@ COMMANDS: dict[str, Command] = {
         "lightning_modules.export_command:export_hf",
         "write a checkpoint as a folder of Hugging Face, with a model card",
         "qattn export-hf --checkpoint runs/qisa-16 --output qisa-16-hf",
+    ),
+    "completion": Command(
+        "lightning_modules.completion_command:completion",
+        "print a script with which bash or zsh completes commands, options and names",
+        "qattn completion bash > ~/.qattn-completion.bash",
     ),
 }
 

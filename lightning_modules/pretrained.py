@@ -15,11 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_modules.checkpoints import CHECKPOINTS
 from lightning_modules.cli import version
-from lightning_modules.comparison_rows import read_history
 from lightning_modules.gpt import GPT, GPTConfig
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.run_report import find
 from lightning_modules.variants import as_config
 from pennylane_qattn import Mechanism
 from pennylane_qattn.features import PerHeadFeatureMap
@@ -208,29 +207,22 @@ def model_card(model: LanguageModel, checkpoint: Path) -> str:
 
 
 def _of_run(checkpoint: Path) -> str:
-    """What the run of a checkpoint has left: how it was trained, and its last metrics."""
-    folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
-    text = ""
-    if (folder / "config.yaml").is_file():
-        written = (folder / "config.yaml").read_text(encoding="utf-8")
-        config = yaml.safe_load(written)
-        versions = written.splitlines()[0].removeprefix("# ")
-        chosen = {
-            "text": config["data"].get("corpus"),
-            "seed": config.get("seed_everything"),
-            "steps": config["trainer"].get("max_steps"),
-            "batch": config["data"].get("batch_size"),
-            "learning rate": config["model"].get("learning_rate"),
-            "made with": versions,
-        }
-        text += "## Training\n\n" + _table("", "", {k: v for k, v in chosen.items() if v is not None}) + "\n"
-    latest: dict[str, float] = {}
-    for row in read_history(folder):
-        latest |= {name: value for name, value in row.items() if name.startswith(("val_", "test_"))}
-    if latest:
-        text += "## Metrics, the last of each\n\n" + _table(
-            "metric", "value", {k: f"{v:.6g}" for k, v in latest.items()}
-        )
+    """What the run of a checkpoint has left: how it was trained, and the metrics of the step that it holds."""
+    run, text = find(checkpoint), ""
+    data, model, trainer = (run.config.get(kind) or {} for kind in ("data", "model", "trainer"))
+    chosen = {
+        "text": data.get("corpus"),
+        "seed": run.config.get("seed_everything"),
+        "steps": trainer.get("max_steps"),
+        "batch": data.get("batch_size"),
+        "learning rate": model.get("learning_rate"),
+    }
+    if facts := {name: value for name, value in chosen.items() if value is not None}:
+        text += "## Training\n\n" + _table("", "", facts) + "\n"
+    source, metrics, _ = run.measured
+    if metrics:
+        numbers = {name: f"{value:.6g}" for name, value in metrics.items() if value is not None}
+        text += f"## Metrics: {source}\n\n" + _table("metric", "value", numbers)
     return text
 
 

@@ -6,7 +6,9 @@ as numbers, strings, lists and dicts. Reading it back looks names up in a regist
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
+
+Described = TypeVar("Described", bound="Description")
 
 
 class Description:
@@ -27,7 +29,7 @@ class Description:
         return {"kind": self.registry.kind, "name": self.name, **{k: _plain(v) for k, v in options.items()}}
 
     @classmethod
-    def from_plain(cls, data: Mapping[str, Any]) -> Self:
+    def from_plain(cls: type[Described], data: Mapping[str, Any]) -> Described:
         """The description that `to_plain` wrote.
 
         Raises:
@@ -37,9 +39,6 @@ class Description:
         if not isinstance(found, cls):
             raise ValueError(f"expected a description of a {cls.__name__}; got {data!r}")
         return found
-
-
-Described = TypeVar("Described", bound=Description)
 
 
 class Registry(dict[str, type[Described]], Generic[Described]):

@@ -90,7 +90,12 @@ def test_the_command(tokenizer, tmp_path, capsys):
     card = (tmp_path / "hf" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["pipeline_tag"] == "text-generation" and "qisa" in front["tags"]
-    for line in ("| certificate of causality | causal |", "| text | pydoc |", "| seed | 7 |", "| val_loss | 2.25 |"):
+    for line in (
+        "| certificate of causality | causal |",
+        "| text | pydoc |",
+        "| seed | 7 |",
+        "| cross_entropy | 2.25 |",
+    ):
         assert line in card
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert reader(TEXT[:20]).input_ids == tokenizer.encode(TEXT[:20])
@@ -110,7 +115,7 @@ def test_the_program_on_the_card_runs(tmp_path, capsys):
 def test_a_leak_is_told(tmp_path):
     model = model_of("qisa-published")
     model.causality = {"verdict": "LEAKS"}
-    card = model_card(model, tmp_path / "nothing.ckpt")
+    card = model_card(model, written(model, tmp_path) / "checkpoints" / "best.ckpt")
     assert "LEAKS" in card.split("\n## ")[0] and "## Training" not in card
 
 
