@@ -24,9 +24,9 @@ classical = GPT2LMHeadModel(config)
 quantum = replace_attention(classical, "qisa", split=True)
 
 # %%
-# Both see the same batches. The dashed line is the entropy of the source, which no model can go below on average.
+# Both see the same batches.
 
-figure, axes = plt.subplots()
+curves = {}
 for name, model in {"GPT-2": classical, "GPT-2 with QISA": quantum}.items():
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.01)
     losses = []
@@ -35,17 +35,23 @@ for name, model in {"GPT-2": classical, "GPT-2 with QISA": quantum}.items():
         losses.append(torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten()))
         losses[-1].backward()
         optimizer.step()
-    axes.plot(torch.stack(losses).detach(), label=name)
+    curves[name] = torch.stack(losses).detach()
     print(f"{name}: {certify(model, vocab_size=5, length=8).verdict}")
 
-axes.axhline(data.source.entropy_rate, color="black", linestyle="--", label="entropy rate of the text")
-axes.set(xlabel="step", ylabel="cross-entropy, nats per symbol", title="GPT-2 of Hugging Face, attention replaced")
-axes.legend()
-plt.show()
-
 # %%
-# ``generate`` of ``transformers`` runs it with their cache of keys and values.
+# ``generate`` of ``transformers`` runs the new one with their cache of keys and values.
 
 start = torch.tensor([[0, 1], [2, 3]])
 texts = quantum.eval().generate(start, max_new_tokens=12, attention_mask=torch.ones_like(start), pad_token_id=0)
 print(*("".join(map(str, text.tolist())) for text in texts), sep="\n")
+
+# %%
+# What both have learned. The dashed line is the entropy of the source, which no model can go below on average.
+
+figure, axes = plt.subplots()
+for name, curve in curves.items():
+    axes.plot(curve, label=name)
+axes.axhline(data.source.entropy_rate, color="black", linestyle="--", label="entropy rate of the text")
+axes.set(xlabel="step", ylabel="cross-entropy, nats per symbol", title="GPT-2 of Hugging Face, attention replaced")
+axes.legend()
+plt.show()

@@ -104,7 +104,7 @@ def test_what_it_does_not_do_is_refused(rng):
     wrong = later()
     wrong[3, 1] = True
     for mask in (wrong, wrong[:5, :5], later().T):
-        with pytest.raises(ValueError, match="attn_mask must be the causal mask"):
+        with pytest.raises(ValueError, match="attn_mask must be None or the causal mask"):
             causal(x, x, x, attn_mask=mask)
     with pytest.raises(ValueError, match="key_padding_mask must be boolean, or of 0 and minus infinity"):
         causal(x, x, x, torch.full((BATCH, LENGTH), -1.0), is_causal=True)

@@ -157,6 +157,7 @@ def test_a_process_that_ends_otherwise(monkeypatch, tmp_path):
 
 def test_on_a_gpu_its_allocator_is_asked(monkeypatch):
     """The arithmetic, with the allocator's numbers made up."""
+    monkeypatch.setattr(memory, "WARMED", 1)
     seen, step = [], memory.training_step
 
     def training_step(model, optimizer, tokens):
