@@ -80,9 +80,9 @@ napoleon_attr_annotations = False
 
 # Names of other projects: their pages are not looked up, so that the build needs no network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|torchmetrics|numpy|np|pennylane|lightning|jsonargparse|matplotlib|rich)\..*"),
+    ("py:.*", r"(torch|torchmetrics|transformers|numpy|np|pennylane|lightning|jsonargparse|matplotlib|rich)\..*"),
     ("py:.*", r"(abc|argparse|collections|os|pathlib|typing)\..*"),
-    ("py:.*", r"(Tensor|ndarray|Float|Float64|Bool|Int|Int64|Complex|Shaped|OpenAIGPTLMHeadModel)"),
+    ("py:.*", r"(Tensor|ndarray|Float|Float64|Bool|Int|Int64|Complex|Shaped|OpenAIGPTLMHeadModel|PreTrainedTokenizerFast)"),
     ("py:.*", r"pennylane_qattn\.registry\.Described"),  # a type variable
     ("py:.*", r"(dict|list|tuple)\[.*"),
     ("py:.*", r"'.*'"),  # the axes in a type
