@@ -85,6 +85,20 @@ class _Past(KeyValueCache):
         return keys, values, self.padding, positions
 
 
+class PreparedWhenRead:
+    """Goes before a model class of transformers: what follows from words and angles is made anew once they are read."""
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any):
+        """As in transformers."""
+        reader: Any = super()
+        found = reader.from_pretrained(*arguments, **options)
+        for part in (found[0] if isinstance(found, tuple) else found).modules():
+            if isinstance(part, PerHeadFeatureMap):
+                part.prepare()
+        return found
+
+
 class QuantumGPT2Config(GPT2Config):
     """Configuration of a GPT-2 with an attention of this package.
 
@@ -97,7 +111,7 @@ class QuantumGPT2Config(GPT2Config):
     qattn: dict[str, Any] | None = None
 
 
-class QuantumGPT2LMHeadModel(GPT2LMHeadModel):
+class QuantumGPT2LMHeadModel(PreparedWhenRead, GPT2LMHeadModel):
     """GPT-2 for language modelling with an attention of this package in every block.
 
     Args:
@@ -120,15 +134,6 @@ class QuantumGPT2LMHeadModel(GPT2LMHeadModel):
             with torch.device("cpu"):  # transformers builds a model without memory before it reads the weights
                 attention = mechanism(config.n_embd, config.n_head, config.n_positions, layer=number)
             block.attn = ReplacedAttention(attention, number, config.resid_pdrop)
-
-    @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any):
-        """As in transformers."""
-        found = super().from_pretrained(*arguments, **options)
-        for part in (found[0] if isinstance(found, tuple) else found).modules():
-            if isinstance(part, PerHeadFeatureMap):
-                part.prepare()  # what follows from the words and angles that were read
-        return found
 
 
 def replace_attention(model: GPT2LMHeadModel, attention: str | Mechanism, **options: Any) -> QuantumGPT2LMHeadModel:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lightning_modules.cli import version
 from lightning_modules.gpt import GPT, GPTConfig
+from lightning_modules.hugging_face import PreparedWhenRead
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.run_report import find
 from lightning_modules.variants import as_config
 from pennylane_qattn import Mechanism
-from pennylane_qattn.features import PerHeadFeatureMap
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -68,7 +68,7 @@ class QAttnGPTConfig(PreTrainedConfig):
         return self.gpt["block_size"]
 
 
-class QAttnGPTForCausalLM(PreTrainedModel, GenerationMixin):
+class QAttnGPTForCausalLM(PreparedWhenRead, PreTrainedModel, GenerationMixin):
     """A GPT of this package as a model of transformers.
 
     It writes without a cache; `qattn generate` has one.
@@ -131,15 +131,6 @@ class QAttnGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> torch.nn.Module:
         """The output layer."""
         return self.gpt.head
-
-    @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any):
-        """As in transformers."""
-        found = super().from_pretrained(*arguments, **options)
-        for part in (found[0] if isinstance(found, tuple) else found).modules():
-            if isinstance(part, PerHeadFeatureMap):
-                part.prepare()  # what follows from the words and angles that were read
-        return found
 
 
 AutoConfig.register(QAttnGPTConfig.model_type, QAttnGPTConfig)

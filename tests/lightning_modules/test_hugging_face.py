@@ -158,6 +158,9 @@ def test_what_it_does_not_do_is_refused(tokens, mask):
         model(tokens, attention_mask=hole)
     with pytest.raises(ValueError, match="a static cache has keys of tokens that are still to come"):
         model.generate(tokens, max_new_tokens=3, cache_implementation="static")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
+    with pytest.raises(ValueError, match="a static cache has keys of tokens that are still to come"):
+        model.transformer.h[0].attn(torch.zeros(3, 7, 8), past_key_values=cache)
     published = replace_attention(gpt2(), "qisa-published")
     with pytest.raises(ValueError, match="runs without a key/value cache"):
         published.generate(tokens, max_new_tokens=3)
