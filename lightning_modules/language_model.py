@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import lightning as L
 import torch
@@ -25,6 +25,8 @@ from lightning_modules.tokenizers import Tokenizer, tokenizer_from_plain
 from pennylane_qattn import ATTENTION, QISA, Execution, Mechanism, set_execution
 
 Schedule = Literal["constant", "cosine"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+COMPILE_MODES = get_args(CompileMode)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,8 @@ class LanguageModel(L.LightningModule):
             A run that is continued keeps its schedule, even if it is made longer.
         decay_all: all parameters decay, as with torch's AdamW left to itself.
         execution: how the circuits are run: folded, or on which device, with which gradients. No checkpoint keeps it.
-        compile: train with `torch.compile`; folded circuits only.
+        compile: train with `torch.compile`, or in one of its modes, as `reduce-overhead`, which records the kernels of
+            a GPU and starts them all at once; folded circuits only.
         gradient_checkpointing: blocks keep their input alone in training and run again for the gradient: less memory,
             more time.
 
@@ -133,7 +136,7 @@ class LanguageModel(L.LightningModule):
         schedule_steps: int | None = None,
         decay_all: bool = False,
         execution: Execution = Execution(),  # noqa: B008 a frozen value
-        compile: bool = False,
+        compile: bool | CompileMode = False,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
@@ -153,6 +156,8 @@ class LanguageModel(L.LightningModule):
         self.attention: Mechanism = ATTENTION.build(attention)
         self.gpt = GPT(config, self.attention)
         self.gpt.gradient_checkpointing = gradient_checkpointing
+        if not isinstance(compile, bool) and compile not in COMPILE_MODES:
+            raise ValueError(f"compile must be true, false or one of {', '.join(COMPILE_MODES)}; got {compile!r}")
         self.compile_training = compile
         self.set_execution(execution)
         self.metrics = nn.ModuleDict({"val": TextMetrics(tokenizer, text_windows=1024), "test": TextMetrics(tokenizer)})
@@ -189,7 +194,8 @@ class LanguageModel(L.LightningModule):
     def on_fit_start(self) -> None:
         self.train()  # a model from a checkpoint comes in evaluation mode, and Lightning leaves the mode alone
         if self.compile_training:
-            self.gpt.compile()  # in place, so that checkpoints have the names that they always have
+            mode = "default" if self.compile_training is True else self.compile_training
+            self.gpt.compile(mode=mode)  # in place, so that checkpoints have the names that they always have
         self.total_steps = self._continued_steps or self.optimisation.schedule_steps or self._steps_of_the_run()
         self._continued_steps = None
 

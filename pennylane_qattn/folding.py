@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pennylane as qml
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
@@ -126,6 +127,40 @@ def _embed_monomial(gate: Gate, num_wires: int) -> tuple[np.ndarray, np.ndarray]
     return source, matrix[local, column[local]]
 
 
+class _PauliRotations:
+    r"""Gates :math:`e^{-i\theta P/2} = \cos(\theta/2)\,1 - i \sin(\theta/2)\,P` on as many wires each, all at once.
+
+    Real and imaginary parts stand side by side, as torch compiles no complex arithmetic.
+    """
+
+    def __init__(self, words: Sequence[str], dtype: torch.dtype, device: torch.device):
+        def table(matrices: list[np.ndarray]) -> Tensor:
+            pairs = np.stack([np.stack((m.real, m.imag), axis=-1) for m in matrices])
+            return torch.as_tensor(pairs).to(device=device, dtype=dtype)
+
+        self.identity = table([np.eye(2 ** len(words[0]))])
+        self.generators = table([-1j * _pauli_matrix(word) for word in words])
+
+    def __call__(self, angles: Float[Tensor, "circuits gates"]) -> Complex[Tensor, "circuits gates dim dim"]:
+        half = (angles / 2)[..., None, None, None]
+        return torch.view_as_complex(torch.addcmul(half.cos() * self.identity, half.sin(), self.generators))
+
+
+@dataclass(frozen=True)
+class _TracedGates:
+    """Gates of any other kind, by PennyLane's formula."""
+
+    graph: Graph
+    dtype: torch.dtype
+
+    def __call__(self, angles: Float[Tensor, "circuits gates"]) -> Complex[Tensor, "circuits gates dim dim"]:
+        return self.graph(angles.reshape(-1))[0].to(self.dtype).unflatten(0, angles.shape)
+
+
+def _pauli_matrix(word: str) -> np.ndarray:
+    return qml.matrix(qml.pauli.string_to_pauli_word(word), wire_order=range(len(word)))
+
+
 class Fold:
     """The pure torch program of one or several circuits that differ in their angles and words only.
 
@@ -159,7 +194,7 @@ class Fold:
     def _build(self, program: Program | None, words: Sequence[Sequence[str]], phases: Tensor | None) -> None:
         self._phases = None if phases is None else self._complex(phases)
         self._bases, self._signs = self._measurement(words)
-        self._kinds: list[tuple[Graph | None, Tensor]] = []
+        self._kinds: list[tuple[Callable[[Tensor], Tensor] | None, Tensor]] = []
         self._steps: list[tuple] = []
         if program is not None:
             self._compile(program, len(words))
@@ -232,24 +267,31 @@ class Fold:
         return self._complex(bases), signs.to(device=self._device, dtype=self._dtype)
 
     def _compile(self, program: Program, circuits: int) -> None:
-        # One table of matrices per kind of gate: all angles of a kind go through PennyLane's formula together.
+        # One table of matrices per kind of gate, all rotations about Pauli words on as many wires being of one kind.
         tables: dict[tuple, int] = {}
         rows: dict[int, tuple[int, int]] = {}
         angles: dict[tuple, list[int]] = defaultdict(list)
+        generators: dict[tuple, list[str]] = defaultdict(list)
         for gate in program.gates:
             if gate.angle is not None:
-                kind = (gate.name, gate.word, len(gate.wires))
+                kind = (len(gate.wires), None if gate.generator else gate.name)
                 tables.setdefault(kind, len(tables))
                 rows[id(gate)] = (tables[kind], len(angles[kind]))
                 angles[kind].append(gate.angle)
+                generators[kind].append(gate.generator)
         entries = program.entries
         one_wire = []
         for kind, used in angles.items():
             columns = used if entries is None else [entries[i] for i in used]
-            if kind[2] == 1:
+            wires, name = kind
+            if wires == 1:
                 one_wire.append(len(self._kinds))
-            graph = trace_rotations(*kind, circuits * len(used), self._dtype)
-            self._kinds.append((graph, torch.tensor(columns, device=self._device)))
+            matrices = (
+                _PauliRotations(generators[kind], self._dtype, self._device)
+                if name is None
+                else _TracedGates(trace_rotations(name, circuits * len(used), self._dtype), self.complex_dtype)
+            )
+            self._kinds.append((matrices, torch.tensor(columns, device=self._device)))
         # One-wire gates, constant ones too, are looked up in one table: kinds in order, then constants, then identity.
         offsets, total = {}, 0
         for i in one_wire:
@@ -285,12 +327,11 @@ class Fold:
         program = self.program
         angles = weights.reshape(circuits, -1) if program.entries is not None else program.angles(weights)
         tables = []
-        for graph, columns in self._kinds:
-            if graph is None:
+        for matrices, columns in self._kinds:
+            if matrices is None:
                 tables.append(columns.expand(circuits, -1, -1, -1))
             else:
-                (matrices,) = graph(angles[:, columns].reshape(-1))
-                tables.append(matrices.to(self.complex_dtype).unflatten(0, (circuits, -1)))
+                tables.append(matrices(angles[:, columns]))
         constants = self._constants.expand(circuits, -1, -1, -1)
         tables.append(torch.cat([*(tables[i] for i in self._one_wire), constants], dim=1))
         return tables

@@ -36,6 +36,8 @@ _SELECTING = frozenset(
     """select slice view _unsafe_view reshape unbind split squeeze unsqueeze permute transpose t alias expand
     _operator""".split()
 )
+#: Rotations about one Pauli word, by name; MultiRZ and PauliRot have words of any length.
+_GENERATORS = {"RX": "X", "RY": "Y", "RZ": "Z", "IsingXX": "XX", "IsingYY": "YY", "IsingZZ": "ZZ"}
 _GLOBAL_PHASES = frozenset({"GlobalPhase"})
 _MATRIX = "QubitUnitary"
 
@@ -57,6 +59,13 @@ class Gate:
     angle: int | None = None
     word: str | None = None
     matrix: tuple | None = None
+
+    @property
+    def generator(self) -> str | None:
+        r"""The Pauli word `P` of a gate that is :math:`e^{-i \theta P / 2}`; `None` for all others."""
+        if self.angle is None or self.word is not None:
+            return self.word
+        return "Z" * len(self.wires) if self.name == "MultiRZ" else _GENERATORS.get(self.name)
 
     @cached_property
     def constant(self) -> np.ndarray:
@@ -309,16 +318,12 @@ def _gates(recorded: list, results: list, label: str) -> tuple[tuple[Gate, ...],
 
 
 @cache
-def trace_rotations(name: str, word: str | None, num_wires: int, count: int, dtype: torch.dtype) -> Graph:
+def trace_rotations(name: str, count: int, dtype: torch.dtype) -> Graph:
     """PennyLane's formula for the matrices of `count` gates of one kind, traced: angles `(count,)` in, matrices out."""
-    if word is not None:
-        options: dict[str, Any] = {"pauli_word": word}
-    else:
-        options = {"num_wires": num_wires} if name == "MultiRZ" else {}
     compute = getattr(qml, name).compute_matrix
 
     def one_by_one(angles: Tensor) -> list[Tensor]:
-        return [torch.stack([compute(angle, **options) for angle in angles])]
+        return [torch.stack([compute(angle) for angle in angles])]
 
     example, other = (
         torch.linspace(0.1, 1.0, count, dtype=dtype),
@@ -328,7 +333,7 @@ def trace_rotations(name: str, word: str | None, num_wires: int, count: int, dty
         # Some of PennyLane's broadcast formulas leave torch for NumPy on the way: found out by trying, not trusted.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            graph, _ = trace(lambda angles: [compute(angles, **options)], example)
+            graph, _ = trace(lambda angles: [compute(angles)], example)
             found, expected = graph(other)[0], one_by_one(other)[0]
             agree = found.shape == expected.shape and torch.allclose(found, expected)
         except (RuntimeError, TypeError, ValueError):

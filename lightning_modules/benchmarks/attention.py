@@ -31,6 +31,7 @@ from lightning_modules.benchmarks.options import (
 from lightning_modules.benchmarks.result import Cell, Column, Result, Target
 from lightning_modules.gpt import GPT, PRESETS, preset
 from lightning_modules.labels import LEAKS
+from lightning_modules.language_model import COMPILE_MODES
 from lightning_modules.timing import activation_bytes, inference, interleaved_seconds, quotients, training_step
 from pennylane_qattn import ATTENTION
 
@@ -41,6 +42,8 @@ OVERRIDES = {"length": "block_size", "num_heads": "num_heads", "embed_dim": "emb
 #: What is told as ratios to classical attention, by key; each may have a target.
 RATIOS = {"inference": "inference", "training": "training step", "peak": "peak memory", "activations": "activations"}
 MIB = 2**20
+#: Calls of a compiled model before it is timed: one compiles, one records its kernels as a graph of CUDA.
+COMPILED_CALLS = 3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num_layers", type=positive, metavar="N", help="blocks (default: the preset's)")
     help = "float32, or bfloat16 by autocast (default: %(default)s)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=help)
+    help = "compile all models by torch.compile, in this mode (default: not at all; without a mode: default)"
+    add("--compile", nargs="?", const="default", choices=COMPILE_MODES, metavar="MODE", help=help)
     help = f"a ratio that NAME is to keep at most, shown with the result; WHAT is one of {', '.join(RATIOS)}"
     add("--target", nargs=3, action="append", default=[], metavar=("NAME", "WHAT", "RATIO"), help=help)
 
@@ -69,13 +74,15 @@ def run(options: argparse.Namespace) -> list[Result]:
     variants = mechanisms_of(options)
     columns = _columns(options.target, {variant.label: variant.title for variant in variants})
     reference = Setup(config, ATTENTION.build(BASELINE), batch, options.device, options.dtype)
-    baseline = reference.model()
+    baseline = reference.model()  # what is checked is not compiled yet, since it would be compiled for another batch
     with reference.precision():  # whatever is wrong is found before anything is timed
         check_fused(baseline, reference.tokens())
         for variant in variants:
             model = replace(reference, mechanism=variant.mechanism).model()
             leaks = variant.mechanism.is_published
             check_model(variant.label, model, baseline, reference.tokens()[:ROWS], leaks)
+    reference = replace(reference, compile=options.compile)
+    baseline = reference.model()
     own, notes = _memory(reference, baseline)
     rows, seconds = [], []
     for variant in variants:
@@ -84,11 +91,13 @@ def run(options: argparse.Namespace) -> list[Result]:
         rows.append(row)
         seconds.append(of_baseline)
         notes += more
-    own_dtype = [options.dtype] if options.dtype != "float32" else []
-    name = "-".join(["attention", options.preset, *(f"{key}-{value}" for key, value in replaced.items()), *own_dtype])
+    how = [options.dtype] if options.dtype != "float32" else []
+    how += [f"compiled-{options.compile}"] if options.compile else []
+    name = "-".join(["attention", options.preset, *(f"{key}-{value}" for key, value in replaced.items()), *how])
     setting = (
         f"{counted(config.num_layers, 'layer')}, {counted(config.num_heads, 'head')}, width {config.embed_dim}, "
         f"{config.block_size:,} tokens, batch {batch:,}, {options.dtype}"
+        + (f", compiled by torch.compile(mode={options.compile!r})" if options.compile else "")
     )
     return [
         Result(
@@ -127,8 +136,8 @@ def _memory(setup: Setup, model: GPT) -> tuple[Memory, list[str]]:
     """The bytes of a training step, and what is to be said of them."""
     with working(f"{setup.mechanism.name}: peak memory"):
         peak, why_not = peak_bytes(setup)
-    with setup.precision():
-        kept = activation_bytes(model, setup.tokens())
+    with setup.precision():  # what a compiled model keeps is not seen
+        kept = None if setup.compile else activation_bytes(model, setup.tokens())
     return {"peak": peak, "activations": kept}, [why_not] if why_not else []
 
 
@@ -149,6 +158,9 @@ def _row(
     contestants = {BASELINE: baseline, "own": model}
     for kind, functions in _functions(contestants, tokens).items():
         with setup.precision():
+            for function in functions.values() if setup.compile else ():
+                for _ in range(COMPILED_CALLS):
+                    function()
             seconds = interleaved_seconds(
                 functions, shown(range(rounds), f"{variant.label}: {RATIOS[kind]}"), synchronize_of(setup.device)
             )
@@ -175,13 +187,14 @@ def _explanations(
         medians = [1000 * statistics.median(each[kind]) for each in seconds]
         return f"{statistics.median(medians):.3g} ms"
 
-    sizes = {key: "not known" if value is None else f"{value / MIB:,.1f} MiB" for key, value in own.items()}
+    names = {"peak": "of peak memory", "activations": "of activations"}
+    sizes = [f"{value / MIB:,.1f} MiB {names[key]}" for key, value in own.items() if value is not None]
+    takes = [f"{milliseconds('inference')} for inference", f"{milliseconds('training')} for a training step", *sizes]
     texts = [
         f"{spread_note(options.rounds)}; in a round the mechanism and classical "
         "attention take turns. The row of classical attention is a second model of its kind: how far its ratios are "
         "from 1 is what the machine adds.",
-        f"Classical attention takes {milliseconds('inference')} for inference, {milliseconds('training')} for a "
-        f"training step, {sizes['peak']} of peak memory and {sizes['activations']} of activations.",
+        f"Classical attention takes {', '.join(takes[:-1])} and {takes[-1]}.",
         "Peak memory: by how much a training step exceeds what is there before it. Activations: what is kept for the "
         "backward pass.",
     ]

@@ -22,6 +22,7 @@ class Setup:
         batch: windows in a batch; each has `config.block_size` tokens and one more to predict.
         device: where it runs.
         dtype: `"float32"`, or `"bfloat16"` by autocast.
+        compile: the mode of `torch.compile`; `None` for none.
     """
 
     config: GPTConfig
@@ -29,11 +30,15 @@ class Setup:
     batch: int
     device: str = "cpu"
     dtype: str = "float32"
+    compile: str | None = None
 
     def model(self) -> GPT:
         """The model; its weights are the same on every call."""
         torch.manual_seed(0)
-        return GPT(self.config, self.mechanism).to(self.device)
+        model = GPT(self.config, self.mechanism).to(self.device)
+        if self.compile:
+            model.compile(mode=self.compile)
+        return model
 
     def tokens(self) -> Tensor:
         """Random windows `(batch, block_size + 1)`, the same ones for every mechanism."""

@@ -464,24 +464,29 @@ def test_loading_leaves_the_random_state_alone(build, data, trainer, tmp_path):
 # --- speed and memory -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"compile": True}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options", [{"compile": True}, {"compile": "reduce-overhead"}, {"gradient_checkpointing": True}]
+)
 def test_how_it_is_trained_changes_no_weight(build, data, trainer, monkeypatch, options):
     """That it is compiled is only looked for: torch's compiler is slow, and what it makes is tested elsewhere."""
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compiled.append((type(module).__name__, mode)))
     trained = []
     for more in ({}, options):
         L.seed_everything(0)
         model = build("qisa", dropout=0.1, **more)
         trainer().fit(model, data)
         trained.append(model.state_dict())
-    assert compiled == (["GPT"] if "compile" in options else [])
+    mode = {True: "default"}.get(options.get("compile"), options.get("compile"))
+    assert compiled == ([("GPT", mode)] if mode else [])
     assert trained[0].keys() == trained[1].keys()
     for name, tensor in trained[0].items():
         torch.testing.assert_close(trained[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_compiled(build):
+    with pytest.raises(ValueError, match="one of default, reduce-overhead, max-autotune; got 'quick'"):
+        build("qisa", compile="quick")
     execution = Execution(executor="qnode", device="default.qubit")
     with pytest.raises(ValueError, match="takes folded circuits only; leave compile out, or the device default.qubit"):
         build("qisa", compile=True, execution=execution)
