@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pennylane_qattn import kernels
+from pennylane_qattn import cuda_kernels, kernels
 
 #: Numbers that are prepared faster by the formula as it stands.
 FEWEST_NUMBERS = 2**14
@@ -48,8 +48,9 @@ def augment(
         factor, norm_factor: one for all heads, or one for each; `factor` is not 0.
         layout: where things stand.
     """
-    factors = [f if isinstance(f, Tensor) else x.new_full((x.shape[1],), f) for f in (factor, norm_factor)]
-    if x.numel() >= FEWEST_NUMBERS and kernels.serve(x, *factors):
+    on_gpu = cuda_kernels.serve_vectors(x)
+    factors = [f if isinstance(f, Tensor) else _of_all_heads(x, f, on_gpu) for f in (factor, norm_factor)]
+    if cuda_kernels.serve_vectors(x, *factors) or (x.numel() >= FEWEST_NUMBERS and kernels.serve(x, *factors)):
         return _Augment.apply(x, *factors, layout)
     factor, norm_factor = (f[:, None, None] for f in factors)
     ends = [x.new_zeros(()).expand(*x.shape[:-1], 1)] * (layout.width - x.shape[-1])
@@ -60,11 +61,28 @@ def augment(
     return torch.cat((factor * x, *ends), dim=-1)
 
 
+def _of_all_heads(x: Tensor, value: float, on_gpu: bool) -> Tensor:
+    if on_gpu:
+        return cuda_kernels.constant(x.shape[1], value, x.dtype, x.device)
+    return x.new_full((x.shape[1],), value)
+
+
 class _Augment(torch.autograd.Function):
     """The same by a kernel."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: Tensor, norm_factor: Tensor, layout: Layout) -> Tensor:
+        if cuda_kernels.serve_vectors(x):
+            out = cuda_kernels.augment(x, factor, norm_factor, layout.norm, layout.ones, layout.width)
+        else:
+            out = _Augment._on_cpu(x, factor, norm_factor, layout)
+        # not `x`, since attention keeps `out` anyhow
+        ctx.save_for_backward(out, factor, norm_factor)
+        ctx.layout, ctx.ends = layout, layout.width - x.shape[-1]
+        return out
+
+    @staticmethod
+    def _on_cpu(x: Tensor, factor: Tensor, norm_factor: Tensor, layout: Layout) -> Tensor:
         features, heads = x.shape[-1], x.shape[1]
         token_first = x.transpose(1, 2).is_contiguous()  # as linear maps leave them; so does the output
         ordered = x.transpose(1, 2) if token_first else x.contiguous()
@@ -75,24 +93,27 @@ class _Augment(torch.autograd.Function):
         norm = -1 if layout.norm is None else features + layout.norm
         of_one_head = 1 if token_first else x.shape[2]
         kernels.run(_augment, len(rows), rows, of_one_head, heads, factor, norm_factor, norm, ends, into)
-        out = out.transpose(1, 2) if token_first else out
-        # not `x`, since attention keeps `out` anyhow
-        ctx.save_for_backward(out, factor, norm_factor)
-        ctx.layout, ctx.ends = layout, len(ends)
-        return out
+        return out.transpose(1, 2) if token_first else out
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         out, factor, norm_factor = ctx.saved_tensors
         features = out.shape[-1] - ctx.ends
+        by_kernel = None
+        if cuda_kernels.serve_vectors(out, upstream) and not torch.is_grad_enabled():
+            norm = ctx.layout.norm
+            by_kernel = cuda_kernels.augment_backward(out, upstream, factor, norm_factor, norm, features)
+            if not any(ctx.needs_input_grad[1:3]):
+                return by_kernel, None, None, None
         x = out[..., :features] / factor[:, None, None]
         by_scaled = upstream[..., :features]
-        by_x = factor[:, None, None] * by_scaled
+        by_x = factor[:, None, None] * by_scaled if by_kernel is None else by_kernel
         by_factor = (x * by_scaled).sum((0, 2, 3)) if ctx.needs_input_grad[1] else None
         by_norm_factor = None
         if ctx.layout.norm is not None:
             by_norm = upstream[..., features + ctx.layout.norm, None]
-            by_x = torch.addcmul(by_x, x, norm_factor[:, None, None] * by_norm, value=2)
+            if by_kernel is None:
+                by_x = torch.addcmul(by_x, x, norm_factor[:, None, None] * by_norm, value=2)
             if ctx.needs_input_grad[2]:
                 by_norm_factor = (x.square().sum(-1, keepdim=True) * by_norm).sum((0, 2, 3))
         return by_x, by_factor, by_norm_factor, None

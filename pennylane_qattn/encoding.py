@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from pennylane_qattn import kernels
+from pennylane_qattn import cuda_kernels, kernels
 from pennylane_qattn.registry import Description, Registry
 from pennylane_qattn.transforms import is_transformed
 
@@ -150,6 +150,8 @@ class _Normalise(torch.autograd.Function):
             unit, inverse = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(*x.shape[:-1], 1)
             rows = [t.reshape(-1, t.shape[-1]) for t in (x, unit, inverse)]
             kernels.run(_normalise_rows, len(rows[0]), *rows)
+        elif cuda_kernels.serve_vectors(x):
+            unit, inverse = cuda_kernels.normalise(x)
         else:
             unit, inverse, _ = _unit_and_scale(x)
         ctx.save_for_backward(x, unit, inverse)
@@ -165,6 +167,8 @@ class _Normalise(torch.autograd.Function):
             rows = [t.reshape(-1, t.shape[-1]) for t in (upstream, unit, inverse, gradient)]
             kernels.run(_normalise_rows_backward, len(rows[0]), *rows)
             return gradient
+        elif cuda_kernels.serve_vectors(unit, upstream):
+            return cuda_kernels.normalise_backward(upstream, unit, inverse)
         return (upstream - unit * (unit * upstream).sum(-1, keepdim=True)) * inverse
 
 

@@ -19,15 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pennylane as qml
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 from pennylane_qattn.circuit import Circuit
-from pennylane_qattn.graph import Graph
 from pennylane_qattn.observables import group_words, word_signs
-from pennylane_qattn.program import Gate, Program, trace_rotations
+from pennylane_qattn.program import Gate, Harmonics, Program
 from pennylane_qattn.transforms import is_transformed, ordinary_mode
 
 #: Wires that are multiplied into one dense block: 16 x 16 keeps blocks in cache and products few.
@@ -127,38 +125,35 @@ def _embed_monomial(gate: Gate, num_wires: int) -> tuple[np.ndarray, np.ndarray]
     return source, matrix[local, column[local]]
 
 
-class _PauliRotations:
-    r"""Gates :math:`e^{-i\theta P/2} = \cos(\theta/2)\,1 - i \sin(\theta/2)\,P` on as many wires each, all at once.
+class _Gates:
+    r"""Gates on as many wires each, all at once: :math:`C + A \cos a\theta + B \sin a\theta` (`Harmonics`).
 
     Real and imaginary parts stand side by side, as torch compiles no complex arithmetic.
+
+    Args:
+        gates: the gates.
+        columns: for each the number of its angle; any for a constant gate.
     """
 
-    def __init__(self, words: Sequence[str], dtype: torch.dtype, device: torch.device):
+    def __init__(self, gates: Sequence[Gate], columns: Sequence[int], dtype: torch.dtype, device: torch.device):
+        found = [Harmonics.of(gate) for gate in gates]
+
         def table(matrices: list[np.ndarray]) -> Tensor:
             pairs = np.stack([np.stack((m.real, m.imag), axis=-1) for m in matrices])
-            return torch.as_tensor(pairs).to(device=device, dtype=dtype)
+            return torch.as_tensor(pairs, dtype=dtype, device=device)
 
-        self.identity = table([np.eye(2 ** len(words[0]))])
-        self.generators = table([-1j * _pauli_matrix(word) for word in words])
+        self.constant = table([each.constant for each in found])
+        self.cosine, self.sine = table([each.cosine for each in found]), table([each.sine for each in found])
+        frequencies = [each.frequency for each in found]
+        self.frequency = torch.tensor(frequencies, dtype=dtype, device=device)[:, None, None, None]
+        self.columns = torch.tensor(columns, device=device)
 
-    def __call__(self, angles: Float[Tensor, "circuits gates"]) -> Complex[Tensor, "circuits gates dim dim"]:
-        half = (angles / 2)[..., None, None, None]
-        return torch.view_as_complex(torch.addcmul(half.cos() * self.identity, half.sin(), self.generators))
-
-
-@dataclass(frozen=True)
-class _TracedGates:
-    """Gates of any other kind, by PennyLane's formula."""
-
-    graph: Graph
-    dtype: torch.dtype
-
-    def __call__(self, angles: Float[Tensor, "circuits gates"]) -> Complex[Tensor, "circuits gates dim dim"]:
-        return self.graph(angles.reshape(-1))[0].to(self.dtype).unflatten(0, angles.shape)
-
-
-def _pauli_matrix(word: str) -> np.ndarray:
-    return qml.matrix(qml.pauli.string_to_pauli_word(word), wire_order=range(len(word)))
+    def __call__(self, angles: Float[Tensor, "circuits angles"]) -> Complex[Tensor, "circuits gates dim dim"]:
+        if not angles.shape[1]:  # nothing turns
+            return torch.view_as_complex(self.constant).expand(len(angles), -1, -1, -1)
+        turned = self.frequency * angles[:, self.columns, None, None, None]
+        with_cosine = torch.addcmul(self.constant, self.cosine, turned.cos())
+        return torch.view_as_complex(torch.addcmul(with_cosine, self.sine, turned.sin()))
 
 
 class Fold:
@@ -194,33 +189,31 @@ class Fold:
     def _build(self, program: Program | None, words: Sequence[Sequence[str]], phases: Tensor | None) -> None:
         self._phases = None if phases is None else self._complex(phases)
         self._bases, self._signs = self._measurement(words)
-        self._kinds: list[tuple[Callable[[Tensor], Tensor] | None, Tensor]] = []
         self._steps: list[tuple] = []
         if program is not None:
-            self._compile(program, len(words))
+            self._compile(program)
 
     def evolve(
         self, weights: Float[Tensor, "circuits ..."], num_amplitudes: int
     ) -> tuple[Complex[Tensor, "circuits dim amplitudes"], Complex[Tensor, "circuits wires 2 2"]]:
         """The ansatz up to its last one-wire gates, on the first columns of the identity; and those gates."""
-        circuits = weights.shape[0]
-        tables = self._gate_tables(weights)
+        products, dense = self._gate_tables(weights)
         start = torch.eye(2**self.num_wires, dtype=self.complex_dtype, device=self._device)[:, :num_amplitudes]
         if self._phases is not None:
             start = start * self._phases[:num_amplitudes]
-        matrix = start.expand(circuits, -1, -1)
+        matrix = start.expand(weights.shape[0], -1, -1)
         for kind, *step in self._steps[:-1]:
             if kind == "local":
-                matrix = apply_local(self._local(tables, *step), matrix)
+                matrix = apply_local(products[step[0]], matrix)
             elif kind == "monomial":
                 source, phases = step
                 matrix = matrix[:, source]
                 if phases is not None:
                     matrix = matrix * phases[:, None]
             else:
-                table, row, wires = step
-                matrix = apply_dense(tables[table][:, row], wires, self.num_wires, matrix)
-        return matrix, self._local(tables, *self._steps[-1][1:])
+                size, number, wires = step
+                matrix = apply_dense(dense[size][number], wires, self.num_wires, matrix)
+        return matrix, products[-1]
 
     def states(
         self, weights: Float[Tensor, "circuits ..."], num_amplitudes: int
@@ -266,83 +259,53 @@ class Fold:
         signs = torch.as_tensor(signs.reshape(len(words), -1, signs.shape[-1]))
         return self._complex(bases), signs.to(device=self._device, dtype=self._dtype)
 
-    def _compile(self, program: Program, circuits: int) -> None:
-        # One table of matrices per kind of gate, all rotations about Pauli words on as many wires being of one kind.
-        tables: dict[tuple, int] = {}
-        rows: dict[int, tuple[int, int]] = {}
-        angles: dict[tuple, list[int]] = defaultdict(list)
-        generators: dict[tuple, list[str]] = defaultdict(list)
-        for gate in program.gates:
-            if gate.angle is not None:
-                kind = (len(gate.wires), None if gate.generator else gate.name)
-                tables.setdefault(kind, len(tables))
-                rows[id(gate)] = (tables[kind], len(angles[kind]))
-                angles[kind].append(gate.angle)
-                generators[kind].append(gate.generator)
-        entries = program.entries
-        one_wire = []
-        for kind, used in angles.items():
-            columns = used if entries is None else [entries[i] for i in used]
-            wires, name = kind
-            if wires == 1:
-                one_wire.append(len(self._kinds))
-            matrices = (
-                _PauliRotations(generators[kind], self._dtype, self._device)
-                if name is None
-                else _TracedGates(trace_rotations(name, circuits * len(used), self._dtype), self.complex_dtype)
-            )
-            self._kinds.append((matrices, torch.tensor(columns, device=self._device)))
-        # One-wire gates, constant ones too, are looked up in one table: kinds in order, then constants, then identity.
-        offsets, total = {}, 0
-        for i in one_wire:
-            offsets[i], total = total, total + len(self._kinds[i][1])
-        constants: list[np.ndarray] = [np.eye(2)]
-        self._one_wire = one_wire
-        for step in fuse(program):
+    def _compile(self, program: Program) -> None:
+        # Gates are listed in the order in which they are used, those on as many wires together.
+        steps = fuse(program)
+        gates: dict[int, list[Gate]] = defaultdict(list)
+        self._chains = []  # for each step of one-wire gates how many stand on every wire
+        for step in steps:
             if isinstance(step, _Local):
                 depth = max((len(chain) for chain in step.chains.values()), default=1)
-                lookup = np.full((depth, self.num_wires), total)
-                for wire, chain in step.chains.items():
-                    for place, gate in enumerate(chain):
-                        if gate.angle is None:
-                            lookup[place, wire] = total + len(constants)
-                            constants.append(gate.constant)
-                        else:
-                            table, row = rows[id(gate)]
-                            lookup[place, wire] = offsets[table] + row
-                self._steps.append(("local", torch.as_tensor(lookup, device=self._device)))
+                self._chains.append(depth)
+                for place in range(depth):
+                    for wire in range(self.num_wires):
+                        chain = step.chains.get(wire, [])
+                        gates[1].append(chain[place] if place < len(chain) else _identity(wire))
+                self._steps.append(("local", len(self._chains) - 1))
             elif isinstance(step, _Monomial):
                 phases = None if np.allclose(step.phases, 1) else self._complex(step.phases)
                 self._steps.append(("monomial", torch.as_tensor(step.source, device=self._device), phases))
-            elif step.gate.angle is None:
-                self._steps.append(("dense", len(self._kinds), 0, step.gate.wires))
-                self._kinds.append((None, self._complex(step.gate.constant)[None]))
             else:
-                self._steps.append(("dense", *rows[id(step.gate)], step.gate.wires))
-        self._constants = self._complex(np.stack(constants))
+                self._steps.append(("dense", len(step.gate.wires), len(gates[len(step.gate.wires)]), step.gate.wires))
+                gates[len(step.gate.wires)].append(step.gate)
+        entries = program.entries
 
-    def _gate_tables(self, weights: Tensor) -> list[Tensor]:
-        """Matrices of every kind of gate, (circuits, gates, dim, dim); last all one-wire gates together."""
-        circuits = weights.shape[0]
-        program = self.program
-        angles = weights.reshape(circuits, -1) if program.entries is not None else program.angles(weights)
-        tables = []
-        for matrices, columns in self._kinds:
-            if matrices is None:
-                tables.append(columns.expand(circuits, -1, -1, -1))
-            else:
-                tables.append(matrices(angles[:, columns]))
-        constants = self._constants.expand(circuits, -1, -1, -1)
-        tables.append(torch.cat([*(tables[i] for i in self._one_wire), constants], dim=1))
-        return tables
+        def column(gate: Gate) -> int:
+            return 0 if gate.angle is None else gate.angle if entries is None else entries[gate.angle]
 
-    @staticmethod
-    def _local(tables: list[Tensor], lookup: Tensor) -> Tensor:
-        """The product of each wire's chain of gates: (circuits, wires, 2, 2)."""
-        product = tables[-1][:, lookup[0]]
-        for place in range(1, len(lookup)):  # to go through a tensor would put it into an exported program
-            product = tables[-1][:, lookup[place]] @ product
-        return product
+        self._gates = {
+            size: _Gates(listed, [column(gate) for gate in listed], self._dtype, self._device)
+            for size, listed in gates.items()
+        }
+
+    def _gate_tables(self, weights: Tensor) -> tuple[list[Tensor], dict[int, Sequence[Tensor]]]:
+        """The product of the gates on every wire, `(circuits, wires, 2, 2)`, for each step of one-wire gates; and the
+        matrices of gates on several wires, `(circuits, dim, dim)`, by their number of wires."""
+        angles = self.program.angles(weights) if self.program.entries is None else weights.reshape(len(weights), -1)
+        tables = {size: gates(angles) for size, gates in self._gates.items()}
+        places = iter(tables.pop(1).split(self.num_wires, dim=1))
+        products = []
+        for depth in self._chains:
+            product = next(places)
+            for _ in range(depth - 1):
+                product = next(places) @ product
+            products.append(product)
+        return products, {size: table.unbind(1) for size, table in tables.items()}
+
+
+def _identity(wire: int) -> Gate:
+    return Gate("Identity", (wire,), matrix=(((1.0, 0.0), (0.0, 0.0)), ((0.0, 0.0), (1.0, 0.0))))
 
 
 class Memory:
@@ -374,16 +337,29 @@ def apply_local(
 ) -> Complex[Tensor, "batch dim columns"]:
     """One gate on every wire, several wires at a time."""
     batch, dim, columns = matrix.shape
-    wires = gates.shape[1]
-    for first in range(0, wires, BLOCK_WIRES):
-        block = gates[:, first]
-        for wire in range(first + 1, min(first + BLOCK_WIRES, wires)):
-            size = 2 * block.shape[1]
-            block = (block[:, :, None, :, None] * gates[:, wire, None, :, None, :]).reshape(batch, size, size)
-        size = block.shape[1]
-        parts = matrix.reshape(batch, 2**first, size, -1)
+    first = 0
+    for part in gates.split(BLOCK_WIRES, dim=1):
+        block = _kronecker(part)
+        parts = matrix.reshape(batch, 2**first, block.shape[1], -1)
         matrix = (block[:, None] @ parts).reshape(batch, dim, columns)
+        first += part.shape[1]
     return matrix
+
+
+def _kronecker(gates: Complex[Tensor, "batch wires 2 2"]) -> Complex[Tensor, "batch dim dim"]:
+    """The Kronecker product of the gates of all wires, by pairs, pairs of pairs and so on."""
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        number, size = left.shape[1], left.shape[2] * right.shape[2]
+        return (left[..., :, None, :, None] * right[..., None, :, None, :]).reshape(-1, number, size, size)
+
+    last = None
+    while (wires := gates.shape[1]) > 1:
+        if wires % 2:
+            gates, odd = gates.split((wires - 1, 1), dim=1)
+            last = odd if last is None else product(odd, last)
+        gates = product(*gates.unflatten(1, (-1, 2)).unbind(2))
+    return (gates if last is None else product(gates, last))[:, 0]
 
 
 def apply_dense(

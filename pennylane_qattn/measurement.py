@@ -4,20 +4,22 @@ r"""Pauli words of folded circuits, from the states: :math:`v_w = \langle a|M^\d
 the state, by kernels of the CPU; `Fold.readout` with `quadratic.py` does the same by changes of basis, on any device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pennylane_qattn import kernels
+from pennylane_qattn import cuda_kernels, kernels
 from pennylane_qattn.observables import group_words
 from pennylane_qattn.transforms import is_batched
-from pennylane_qattn.word_kernels import WordTable, WordTables, measure, measure_backward
+from pennylane_qattn.word_kernels import Terms, WordTable, WordTables, measure, measure_backward
 
 #: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
 BLOCK_ELEMENTS = 2**18
+#: The same on a GPU: a quarter of a GiB.
+DEVICE_BLOCK_ELEMENTS = 2**26
 #: Fewer tokens, as in generation, are done before a kernel has been called, if matrices are no larger than that.
 FEWEST_TOKENS = 32
 _SMALL_MATRICES = 2**16
@@ -38,18 +40,20 @@ class WordMeasurement:
     def __init__(self, words: Sequence[Sequence[str]], is_complex: bool):
         self.words, self.is_complex = [tuple(head) for head in words], is_complex
         self._tables: dict[torch.dtype, WordTables] = {}
+        self._on_devices: dict[tuple[torch.dtype, torch.device], cuda_kernels.DeviceWords] = {}
         self._distinct = max(len(set(head)) for head in self.words)
         self._settings: int | None = None
 
     def serves(self, a: Float[Tensor, "#heads tokens amplitudes"]) -> bool:
         """Whether the words are evaluated here: kernels are there, and take less than changes of basis."""
-        if not kernels.serve(a):
+        on_gpu = cuda_kernels.serve(a)
+        if not (on_gpu or kernels.serve(a)):
             return False
         if self._settings is None:
             self._settings = max(len(group_words(head)) for head in self.words)
         amplitudes, words = a.shape[-1], len(self.words[0])
         matrices = len(self.words) * self._settings * 2 ** len(self.words[0][0]) * amplitudes
-        if a.shape[1] < FEWEST_TOKENS and matrices <= _SMALL_MATRICES:
+        if not on_gpu and a.shape[1] < FEWEST_TOKENS and matrices <= _SMALL_MATRICES:
             return False
         return amplitudes + _TERM_COST * self._distinct <= self._settings * (amplitudes + words)
 
@@ -62,7 +66,12 @@ class WordMeasurement:
             a: encoded amplitudes, one set for all heads or one for each.
             rows: :math:`M` of each head, real rows and, where states are complex, imaginary ones below.
         """
-        return _Measure.apply(a, rows, self._of(a.dtype))
+        tables = self._of(a.dtype)
+        if not cuda_kernels.serve(a):
+            return _Measure.apply(a, rows, tables)
+        if (a.dtype, a.device) not in self._on_devices:
+            self._on_devices[a.dtype, a.device] = cuda_kernels.DeviceWords(tables.heads, a)
+        return _MeasureOnDevice.apply(a, rows, tables, self._on_devices[a.dtype, a.device])
 
     def _of(self, dtype: torch.dtype) -> WordTables:
         if dtype not in self._tables:
@@ -93,19 +102,11 @@ class _Measure(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        a, rows = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
-            with torch.autocast(upstream.device.type, enabled=False):
-                inputs = [t for t, wanted in zip((a, rows), ctx.needs_input_grad, strict=False) if wanted]
-                found = iter(torch.autograd.grad(plain_words(a, rows, ctx.tables), inputs, upstream, create_graph=True))
-            return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:2]), None
-        with torch.autocast(upstream.device.type, enabled=False):
-            if is_batched(upstream):
-                return *plain_gradients(a, rows, ctx.tables, upstream), None
-            return _Measure._gradients(a, rows, ctx.tables, upstream.contiguous(), ctx.needs_input_grad[1])
+        return *_gradients(ctx, upstream, _Measure._by_kernels), None
 
     @staticmethod
-    def _gradients(a: Tensor, rows: Tensor, tables: Sequence[WordTable], upstream: Tensor, rows_wanted: bool):
+    def _by_kernels(ctx, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
+        (a, rows), tables, rows_wanted = ctx.saved_tensors, ctx.tables, ctx.needs_input_grad[1]
         by_inputs = a.new_empty(rows.shape[0], *a.shape[1:])
         by_rows = torch.zeros_like(rows) if rows_wanted else None
         states, slopes = _buffer(rows, a.shape[1]), _buffer(rows, a.shape[1])
@@ -121,7 +122,57 @@ class _Measure(torch.autograd.Function):
                 torch.mm(slope.T, rows[head], out=by_inputs[head, part])
                 if rows_wanted:
                     by_rows[head].addmm_(slope, inputs[part])
-        return by_inputs.sum_to_size(a.shape), by_rows, None
+        return by_inputs.sum_to_size(a.shape), by_rows
+
+
+class _MeasureOnDevice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, rows: Tensor, tables: WordTables, words: cuda_kernels.DeviceWords) -> Tensor:
+        ctx.save_for_backward(a, rows)
+        ctx.tables, ctx.words = tables.heads, words
+        parts = [words.values(states) for _, states in _states_on_device(a, rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return *_gradients(ctx, upstream, _MeasureOnDevice._by_kernels), None, None
+
+    @staticmethod
+    def _by_kernels(ctx, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
+        (a, rows), rows_wanted = ctx.saved_tensors, ctx.needs_input_grad[1]
+        by_inputs, by_rows = [], None
+        for part, states in _states_on_device(a, rows):
+            slopes = ctx.words.slopes(states, upstream[:, part])
+            by_inputs.append(torch.bmm(slopes.transpose(1, 2), rows))
+            if rows_wanted:
+                own = torch.bmm(slopes, a[:, part].expand(len(rows), -1, -1))
+                by_rows = own if by_rows is None else by_rows + own
+        joined = by_inputs[0] if len(by_inputs) == 1 else torch.cat(by_inputs, dim=1)
+        return joined.sum_to_size(a.shape), by_rows
+
+
+def _states_on_device(a: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The states `(heads, rows, tokens)` of all heads, of as many tokens at a time as there is room for."""
+    heads, height, _ = rows.shape
+    size = max(1, DEVICE_BLOCK_ELEMENTS // (heads * height))
+    for first in range(0, max(1, a.shape[1]), size):
+        part = slice(first, first + size)
+        yield part, torch.bmm(rows, a[:, part].expand(heads, -1, -1).transpose(1, 2))
+
+
+def _gradients(ctx, upstream: Tensor, by_kernels: Callable) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by inputs and rows; by kernels, unless they are to be differentiated or are many at once."""
+    a, rows = ctx.saved_tensors
+    with torch.autocast(upstream.device.type, enabled=False):
+        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
+            wanted = ctx.needs_input_grad[:2]
+            inputs = [t for t, needed in zip((a, rows), wanted, strict=True) if needed]
+            found = iter(torch.autograd.grad(plain_words(a, rows, ctx.tables), inputs, upstream, create_graph=True))
+            by_inputs, by_rows = (next(found) if needed else None for needed in wanted)
+            return by_inputs, by_rows
+        if is_batched(upstream):
+            return plain_gradients(a, rows, ctx.tables, upstream)
+        return by_kernels(ctx, upstream.contiguous())
 
 
 def plain_words(a: Tensor, rows: Tensor, tables: Sequence[WordTable]) -> Tensor:
@@ -130,11 +181,13 @@ def plain_words(a: Tensor, rows: Tensor, tables: Sequence[WordTable]) -> Tensor:
     found = []
     for head, table in zip(states, tables, strict=True):
         terms = table.values
-        left, right, coefficient = (torch.as_tensor(t) for t in (terms.left, terms.right, terms.coefficient))
-        of_word = torch.as_tensor(np.repeat(np.arange(len(terms.starts) - 1), np.diff(terms.starts)))
+        left, right, coefficient, of_word, place = (
+            torch.as_tensor(t, device=a.device)
+            for t in (terms.left, terms.right, terms.coefficient, _numbers_of(terms), table.place)
+        )
         products = head[:, left] * head[:, right] * coefficient
         sums = head.new_zeros(len(head), len(terms.starts) - 1).index_add(1, of_word, products)
-        found.append(sums[:, torch.as_tensor(table.place)])
+        found.append(sums[:, place])
     return torch.stack(found)
 
 
@@ -143,17 +196,24 @@ def plain_gradients(a: Tensor, rows: Tensor, tables: Sequence[WordTable], upstre
     slopes = []
     for head, (states, table) in enumerate(zip(a @ rows.transpose(1, 2), tables, strict=True)):
         terms = table.derivatives
-        word, row, coefficient = (torch.as_tensor(t) for t in (terms.left, terms.right, terms.coefficient))
-        of_row = torch.as_tensor(np.repeat(np.arange(states.shape[1]), np.diff(terms.starts)))
+        word, row, coefficient, of_row, place = (
+            torch.as_tensor(t, device=a.device)
+            for t in (terms.left, terms.right, terms.coefficient, _numbers_of(terms), table.place)
+        )
         applied = states.new_zeros(len(states), len(table.values.starts) - 1, states.shape[1])  # 2 P_w s
         applied.flatten(1).index_add_(1, word * states.shape[1] + of_row, states[:, row] * coefficient)
-        by_word = upstream[head] @ torch.nn.functional.one_hot(torch.as_tensor(table.place)).to(states.dtype)
+        by_word = upstream[head] @ torch.nn.functional.one_hot(place).to(states.dtype)
         slopes.append((by_word[:, None] @ applied)[:, 0])
     by_states = torch.stack(slopes)
     by_inputs = by_states @ rows
     if a.shape[0] < rows.shape[0]:
         by_inputs = by_inputs.sum(0, keepdim=True)
     return by_inputs, by_states.transpose(1, 2) @ a
+
+
+def _numbers_of(terms: Terms) -> np.ndarray:
+    """To which sum each term belongs."""
+    return np.repeat(np.arange(len(terms.starts) - 1), np.diff(terms.starts))
 
 
 def _buffer(rows: Tensor, tokens: int) -> Tensor:

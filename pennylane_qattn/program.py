@@ -36,8 +36,6 @@ _SELECTING = frozenset(
     """select slice view _unsafe_view reshape unbind split squeeze unsqueeze permute transpose t alias expand
     _operator""".split()
 )
-#: Rotations about one Pauli word, by name; MultiRZ and PauliRot have words of any length.
-_GENERATORS = {"RX": "X", "RY": "Y", "RZ": "Z", "IsingXX": "XX", "IsingYY": "YY", "IsingZZ": "ZZ"}
 _GLOBAL_PHASES = frozenset({"GlobalPhase"})
 _MATRIX = "QubitUnitary"
 
@@ -59,13 +57,6 @@ class Gate:
     angle: int | None = None
     word: str | None = None
     matrix: tuple | None = None
-
-    @property
-    def generator(self) -> str | None:
-        r"""The Pauli word `P` of a gate that is :math:`e^{-i \theta P / 2}`; `None` for all others."""
-        if self.angle is None or self.word is not None:
-            return self.word
-        return "Z" * len(self.wires) if self.name == "MultiRZ" else _GENERATORS.get(self.name)
 
     @cached_property
     def constant(self) -> np.ndarray:
@@ -317,25 +308,49 @@ def _gates(recorded: list, results: list, label: str) -> tuple[tuple[Gate, ...],
     return tuple(gates), used
 
 
+@dataclass(frozen=True)
+class Harmonics:
+    r"""The matrix of a gate, :math:`U(\theta) = C + A \cos a\theta + B \sin a\theta`.
+
+    Every gate of `ROTATIONS` is of that kind. A constant gate is its :math:`C`.
+
+    Attributes:
+        frequency: :math:`a`, 1/2 or 1.
+        constant, cosine, sine: :math:`C`, :math:`A` and :math:`B`.
+    """
+
+    frequency: float
+    constant: np.ndarray
+    cosine: np.ndarray
+    sine: np.ndarray
+
+    @classmethod
+    def of(cls, gate: Gate) -> "Harmonics":
+        """Those of a gate; of a rotation by PennyLane's own matrices."""
+        if gate.angle is not None:
+            return _harmonics(gate.name, gate.word, len(gate.wires))
+        nothing = np.zeros_like(gate.constant)
+        return cls(1.0, gate.constant, nothing, nothing)
+
+    def matrix(self, angle: float) -> np.ndarray:
+        """The matrix at an angle, radians."""
+        turned = self.frequency * angle
+        return self.constant + self.cosine * np.cos(turned) + self.sine * np.sin(turned)
+
+
 @cache
-def trace_rotations(name: str, count: int, dtype: torch.dtype) -> Graph:
-    """PennyLane's formula for the matrices of `count` gates of one kind, traced: angles `(count,)` in, matrices out."""
-    compute = getattr(qml, name).compute_matrix
+def _harmonics(name: str, word: str | None, num_wires: int) -> Harmonics:
+    def matrix(angle: float) -> np.ndarray:
+        wires = list(range(num_wires))
+        gate = qml.PauliRot(angle, word, wires) if word is not None else getattr(qml, name)(angle, wires=wires)
+        return np.asarray(qml.matrix(gate), dtype=complex)
 
-    def one_by_one(angles: Tensor) -> list[Tensor]:
-        return [torch.stack([compute(angle) for angle in angles])]
-
-    example, other = (
-        torch.linspace(0.1, 1.0, count, dtype=dtype),
-        torch.linspace(-2.0, 3.0, count, dtype=dtype),
-    )
-    with ordinary_mode(), warnings.catch_warnings():
-        # Some of PennyLane's broadcast formulas leave torch for NumPy on the way: found out by trying, not trusted.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            graph, _ = trace(lambda angles: [compute(angles)], example)
-            found, expected = graph(other)[0], one_by_one(other)[0]
-            agree = found.shape == expected.shape and torch.allclose(found, expected)
-        except (RuntimeError, TypeError, ValueError):
-            agree = False
-        return graph if agree else trace(one_by_one, example)[0]
+    for frequency in (0.5, 1.0):
+        start, quarter, half = (matrix(turn * np.pi / frequency) for turn in (0, 0.5, 1))
+        constant = (start + half) / 2
+        parts = (constant, (start - half) / 2, quarter - constant)
+        # halves and ones up to rounding, so that zeros are zeros
+        found = Harmonics(frequency, *(np.where(np.abs(part) < 1e-12, 0, part) for part in parts))
+        if all(np.allclose(found.matrix(angle), matrix(angle), atol=1e-12) for angle in (0.3, 1.9, 4.1, 8.7)):
+            return found
+    raise ValueError(f"{name} is no sum of a constant, a sine and a cosine of its angle")

@@ -4,6 +4,8 @@ The intermediate :math:`Aa` is several times wider than input and output. It is 
 the processor's cache and made again for the gradient, so memory does not grow with it.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +14,8 @@ from pennylane_qattn.transforms import is_transformed
 
 #: Fewer tokens, as in generation, are not worth blocks.
 FEWEST_TOKENS = 32
-#: Elements of the intermediate per block: half a MiB in float32 on a CPU, which its second-level cache holds.
+#: Elements of the intermediate per block: half a MiB in float32 on a CPU, which its second-level cache holds, for one
+#: head at a time. Other devices would wait for so little work: there it is a quarter of a GiB, for all heads together.
 BLOCK_ELEMENTS = {"cpu": 2**19}
 _OTHER_DEVICES = 2**26
 
@@ -52,9 +55,10 @@ class _Blocked(torch.autograd.Function):
         ctx.save_for_backward(a, rows, signs)
         heads, tokens = rows.shape[0], a.shape[1]
         out = a.new_empty(heads, tokens, signs.shape[2])
-        for head, inputs in enumerate(a.expand(heads, -1, -1)):
-            for part in _blocks(inputs, rows):
-                torch.mm((inputs[part] @ rows[head].T).square_(), signs[head], out=out[head, part])
+        a = a.expand(heads, -1, -1)
+        for head, parts in _blocks(a, rows):
+            for part in parts:
+                out[head, part] = torch.bmm(torch.bmm(a[head, part], rows[head].mT).square_(), signs[head])
         return out
 
     @staticmethod
@@ -68,20 +72,25 @@ class _Blocked(torch.autograd.Function):
             weighted = 2 * (a @ rows.transpose(1, 2)) * (upstream @ signs.transpose(1, 2))
             by_head = weighted @ rows
             return by_head.sum_to_size(a.shape), weighted.transpose(1, 2) @ a, None
-        by_head, by_rows = [], []
-        for head, inputs in enumerate(a.expand(len(rows), -1, -1)):
-            pieces, total = [], torch.zeros_like(rows[head]) if rows_wanted else None
-            for part in _blocks(inputs, rows):
-                weighted = (inputs[part] @ rows[head].T) * (upstream[head, part] @ signs[head].T)
-                pieces.append(weighted @ rows[head])
+        all_heads = a.expand(len(rows), -1, -1)
+        by_head, by_rows = [], []  # nothing is written into, as a batched gradient can only be added to
+        for head, parts in _blocks(all_heads, rows):
+            pieces, total = [], torch.zeros_like(rows[head])
+            for part in parts:
+                inputs = all_heads[head, part]
+                weighted = torch.bmm(inputs, rows[head].mT) * torch.bmm(upstream[head, part], signs[head].mT)
+                pieces.append(torch.bmm(weighted, rows[head]))
                 if rows_wanted:
-                    total = total + weighted.T @ inputs[part]
-            by_head.append(torch.cat(pieces) if pieces else torch.zeros_like(inputs))
+                    total = total + torch.bmm(weighted.mT, inputs)
+            by_head.append(torch.cat(pieces, dim=1) if pieces else torch.zeros_like(all_heads[head]))
             by_rows.append(total)
-        by_rows = 2 * torch.stack(by_rows) if rows_wanted else None
-        return 2 * torch.stack(by_head).sum_to_size(a.shape), by_rows, None
+        return 2 * torch.cat(by_head).sum_to_size(a.shape), 2 * torch.cat(by_rows) if rows_wanted else None, None
 
 
-def _blocks(inputs: Tensor, rows: Tensor) -> list[slice]:
-    size = max(1, BLOCK_ELEMENTS.get(inputs.device.type, _OTHER_DEVICES) // rows.shape[1])
-    return [slice(first, first + size) for first in range(0, len(inputs), size)]
+def _blocks(inputs: Tensor, rows: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Which heads are done together, and for these which of their tokens."""
+    heads, tokens, height = len(rows), inputs.shape[1], rows.shape[1]
+    at_once = 1 if inputs.device.type in BLOCK_ELEMENTS else heads
+    size = max(1, BLOCK_ELEMENTS.get(inputs.device.type, _OTHER_DEVICES) // (at_once * height))
+    for head in range(0, heads, at_once):
+        yield slice(head, head + at_once), [slice(first, first + size) for first in range(0, tokens, size)]
