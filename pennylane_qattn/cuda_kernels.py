@@ -5,10 +5,12 @@ all heads, are one operation each. Without Triton, in other precisions, under `t
 torch computes the same values by itself.
 """
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +55,11 @@ def _rows_at_once(width: int) -> tuple[int, int]:
 
 if triton is not None:
 
-    @triton.jit
+    def compiled(function: Callable) -> Any:
+        # tests wrap every function of the package to check its shapes; the compiler wants the function itself
+        return triton.jit(inspect.unwrap(function))
+
+    @compiled
     def _normalise_rows(x, unit, inverse, number, width, ROWS: tl.constexpr, HELD: tl.constexpr):
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         column = tl.arange(0, HELD)[None, :]
@@ -70,7 +76,7 @@ if triton is not None:
         of_norm = tl.where(is_zero, 0.0, factor / tl.where(is_zero, 1.0, largest))
         tl.store(inverse + row, of_norm, mask=row < number)
 
-    @triton.jit
+    @compiled
     def _normalise_rows_backward(
         upstream, unit, inverse, gradient, number, width, ROWS: tl.constexpr, HELD: tl.constexpr
     ):
@@ -83,7 +89,7 @@ if triton is not None:
         along = tl.sum(direction * above, axis=1)[:, None]
         tl.store(gradient + row * width + column, (above - direction * along) * factor, mask=there)
 
-    @triton.jit
+    @compiled
     def _augment(
         x,
         factor,
@@ -117,7 +123,7 @@ if triton is not None:
             result = tl.where(column == width + NORM, norm, result)
         tl.store(out + row * WIDE + column, result, mask=is_row & (column < WIDE))
 
-    @triton.jit
+    @compiled
     def _augment_backward(
         out,
         upstream,
@@ -151,7 +157,7 @@ if triton is not None:
             result += 2.0 * values * by_norm * tl.load(norm_factor + head, mask=is_row, other=0.0)
         tl.store(gradient + row * width + column, result, mask=there)
 
-    @triton.jit
+    @compiled
     def _word_values(
         states, starts, left, right, coefficient, out, tokens, words, rows, SUMS: tl.constexpr, LANES: tl.constexpr
     ):
@@ -171,7 +177,7 @@ if triton is not None:
                         total += tl.load(coefficient + e + k) * a * b
                 tl.store(out + (head * tokens + lane) * words + word, total, mask=there)
 
-    @triton.jit
+    @compiled
     def _word_slopes(
         states,
         upstream,
@@ -317,8 +323,12 @@ class _Sums:
         terms = np.array([term for terms in filled for term in terms], dtype=np.float64).reshape(-1, 3)
         starts = np.cumsum([0, *map(len, filled)])
         left, right, coefficient = map(np.ascontiguousarray, terms.T)  # kernels read what lies side by side
-        places = (torch.as_tensor(t, dtype=torch.int32, device=like.device) for t in (starts, left, right))
-        return cls(*places, torch.as_tensor(coefficient, dtype=like.dtype, device=like.device))
+
+        def places(array: np.ndarray) -> Tensor:
+            return torch.as_tensor(array, dtype=torch.int32, device=like.device)
+
+        numbers = torch.as_tensor(coefficient, dtype=like.dtype, device=like.device)
+        return cls(places(starts), places(left), places(right), numbers)
 
 
 class DeviceWords:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pennylane_qattn import kernels
+from pennylane_qattn import cuda_kernels, kernels
 
 DEVICES = ("cpu", "cuda")
 
@@ -45,12 +45,15 @@ def describe(device: str) -> dict[str, str | int]:
 
 
 def kernels_in_words(device: str) -> str:
-    """Whether kernels (`pennylane_qattn/kernels.py`) are in use, and why not."""
-    if kernels.serve(torch.empty(0, device=device)):
+    """Whether kernels (`kernels.py` and `cuda_kernels.py` of `pennylane_qattn`) are in use, and why not."""
+    library, there, serve = (
+        ("numba", kernels.numba, kernels.serve)
+        if device == "cpu"
+        else ("triton", cuda_kernels.triton, cuda_kernels.serve)
+    )
+    if serve(torch.empty(0, device=device)):
         return "in use"
-    if device != "cpu":
-        return "not in use, they are for the CPU"
-    return "not in use, numba is not installed" if kernels.numba is None else f"not in use, {kernels.SWITCH}=0"
+    return f"not in use, {library} is not installed" if there is None else f"not in use, {kernels.SWITCH}=0"
 
 
 def processor() -> str:

@@ -73,14 +73,16 @@ def text_of(results: Sequence[Result], beside: str) -> str:
     if shared:
         lines += ["## Machine", "", *_machine(shared), ""]
     for result in results:
-        lines += [f"## {markdown(result.title)}", "", f"{markdown(result.setting)}", ""]
+        device = result.machine.get("device", "CPU")
+        where = "" if device == "CPU" else f", on {device}"
+        lines += [f"## {markdown(result.title + where)}", "", f"{markdown(result.setting)}", ""]
         lines += ["```bash", result.command, "```", ""]
         if not shared:
             lines += [*_machine(result.machine), ""]
         lines += [*markdown_table(result), ""]
         lines += [line for note in result.notes for line in (markdown(note), "")]
         if picture(result) is not None:
-            lines += [f"![{markdown(result.title)}]({beside}/{result.name}.png)", ""]
+            lines += [f"![{markdown(result.title + where)}]({beside}/{result.name}.png)", ""]
         lines += [f"All numbers: [{result.name}.json]({beside}/{result.name}.json)", ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -168,6 +168,16 @@ def test_the_machine_in_words(monkeypatch):
     assert found["kernels"] == "not in use, numba is not installed" and found["numba"] == "not installed"
 
 
+@pytest.mark.parametrize(
+    ("triton", "words"), [(None, "not in use, triton is not installed"), (1, "not in use, QATTN_K")]
+)
+def test_kernels_of_a_gpu_in_words(monkeypatch, triton, words):
+    monkeypatch.setattr(machine.cuda_kernels, "triton", triton)
+    monkeypatch.setattr(machine.cuda_kernels, "serve", lambda tensor: False)
+    monkeypatch.setattr(machine.torch, "empty", lambda *size, device: None)
+    assert machine.kernels_in_words("cuda").startswith(words)
+
+
 def test_a_gpu_computes_in_float32_proper(monkeypatch):
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
