@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules import arguments, checkpoints, cli
+from lightning_modules import arguments, checkpoints, cli, trust
 from lightning_modules.callbacks import PlainProgress, RandomState, RichProgress, RunCheckpoint
 from lightning_modules.checkpoints import (
     BEST,
@@ -201,6 +201,7 @@ class TrainingCLI(LightningCLI):
             "File for the predictions, one JSON object per line; by default stdout.",
             type=str | None,
         )
+        trust.add_option(parser)
         parser.set_defaults({"data.block_size": None})  # the model's
         # A name, as the options of a default instance would go over to whatever mechanism is asked for instead.
         parser.set_defaults({"model.attention": "qisa"})
@@ -463,7 +464,7 @@ class TrainingCLI(LightningCLI):
     def save_config(self) -> None:
         """Writes config.yaml: all options, so that `--config` with it makes the same run again."""
         config = self.config.clone()
-        for name in ("config", "ckpt_path", "overwrite", "output"):
+        for name in ("config", "ckpt_path", "overwrite", "output", "trust"):
             config.pop(name)
         versions = ", ".join(
             f"{name} {version}"
