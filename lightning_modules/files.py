@@ -1,12 +1,17 @@
 """Writing files whole or not at all."""
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
+
+#: The errors of a disk without room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -27,6 +32,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
 
     Raises:
         ValueError: nothing can be written there, as in a read-only folder.
+        OSError: the disk is full; it names `path`.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"mode must be 'wb' or 'w'; got {mode!r}")
@@ -39,10 +45,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
             raise IsADirectoryError(None, "it is a folder")
         file = open(partial, mode.replace("w", "x"), **text)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(
-            f"cannot write {str(path)!r}: {reason}; name a file in a folder that you may write to"
-        ) from error
+        raise _cannot_write(path, error, "name a file in a folder that you may write to") from error
     try:
         with file:
             yield file
@@ -74,8 +77,44 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.replace(folder)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(f"cannot write {str(folder)!r}: {reason}; name a folder you may write to") from error
+    except Exception as error:
+        if (failure := _of_the_system(error)) is None:
+            raise
+        raise _cannot_write(folder, failure, "name a folder you may write to") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_rows(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the block appends to a file is all there in the end, or none of it, as on a full disk.
+
+    Args:
+        path: the file; if it does not exist and the block fails, it does not exist afterwards.
+    """
+    path = Path(path)
+    size = path.stat().st_size if path.exists() else None
+    try:
+        yield
+    except BaseException as error:
+        if size is None:
+            path.unlink(missing_ok=True)
+        else:
+            os.truncate(path, size)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _of_the_system(error: Exception) -> OSError | None:
+    """The error of the operating system that this one is, or tells of, as those of libraries in Rust."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def _cannot_write(path: str | os.PathLike[str], error: OSError, remedy: str) -> Exception:
+    if error.errno in FULL:
+        return OSError(error.errno, error.strerror, str(path))
+    return ValueError(f"cannot write {str(path)!r}: {(error.strerror or str(error)).lower()}; {remedy}")

@@ -49,7 +49,7 @@ from lightning_modules.gpt import GPTConfig
 from lightning_modules.guard import CausalityGuard, say_if_leaking
 from lightning_modules.labels import labelling, with_label
 from lightning_modules.language_model import LanguageModel, model_config, planned_steps
-from lightning_modules.loggers import RunCSVLogger
+from lightning_modules.loggers import RunCSVLogger, without_tracebacks_of_threads
 from lightning_modules.metrics import describe_bleu
 from lightning_modules.watching import MAPS, Watcher, watchers
 from pennylane_qattn import ATTENTION, Execution, Mechanism
@@ -410,7 +410,7 @@ class TrainingCLI(LightningCLI):
         say(f"{self.model.attention.name} GPT, {parameters:,} parameters, on {self.datamodule.corpus.name}: {folder}")
         self._announce_schedule()
         before = _stamp(last)
-        with self._unchanged_by_a_failed_start():
+        with without_tracebacks_of_threads(), self._unchanged_by_a_failed_start():
             trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         if trainer.fast_dev_run:
             return
