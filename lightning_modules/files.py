@@ -1,11 +1,13 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and by one process at a time."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -104,6 +106,73 @@ def whole_rows(path: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+#: Descriptors of the folders that this process has locked.
+_locks: set[int] = set()
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """No other process is in such a block with the same folder meanwhile.
+
+    The lock is the kernel's (`flock`) and ends with the process, in whatever way that ends. It leaves no file.
+
+    Args:
+        folder: it is made if it is missing, and taken away again if it is empty in the end.
+
+    Raises:
+        ValueError: if another process has it.
+    """
+    folder = Path(folder).absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor = _lock(folder)
+    _locks.add(descriptor)
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        _locks.discard(descriptor)
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"another process is writing to {str(folder)!r}; wait for its end, or name another folder"
+            ) from None
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            warnings.warn(f"{str(folder)!r} cannot be locked ({reason}); let no other run write there", stacklevel=3)
+        with contextlib.suppress(FileNotFoundError):  # the process before took it away in between
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    """In a forked process, as the workers of a loader are: a copy would keep the lock after the process that has it."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def remove_partial(folder: str | os.PathLike[str]) -> None:
+    """Removes the temporary files that killed processes have left in a folder; no other may be writing there."""
+    for path in Path(folder).glob(".*.part"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _of_the_system(error: Exception) -> OSError | None:

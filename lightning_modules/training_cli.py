@@ -44,7 +44,7 @@ from lightning_modules.checkpoints import (
 )
 from lightning_modules.data import TextDataModule
 from lightning_modules.executions import Executions, say
-from lightning_modules.files import atomic_write
+from lightning_modules.files import atomic_write, locked, remove_partial
 from lightning_modules.gpt import GPTConfig
 from lightning_modules.guard import CausalityGuard, say_if_leaking
 from lightning_modules.labels import labelling, with_label
@@ -303,6 +303,7 @@ class TrainingCLI(LightningCLI):
     def _prepare_folder(self) -> None:
         """Finds the checkpoint to continue from, or makes sure that no other run is mixed with this one."""
         folder, checkpoint = self.run_folder, self.checkpoint
+        self._found = _stamp(folder / CHECKPOINTS / LAST)
         if checkpoint is not None:
             self.saved = read_state(checkpoint, map_location="meta")
         if self.config.trainer.fast_dev_run:
@@ -401,8 +402,23 @@ class TrainingCLI(LightningCLI):
 
     def fit(self) -> None:
         """Trains, and leaves all that belongs to the run in its folder."""
-        with labelling(lambda: self.model.label):
+        is_alone = contextlib.nullcontext() if self._writes_nothing else locked(self.run_folder)
+        with labelling(lambda: self.model.label), is_alone:
+            if not self._writes_nothing:
+                self._take_over()
             self._fit()
+
+    @property
+    def _writes_nothing(self) -> bool:
+        return bool(self.trainer.fast_dev_run) or not self.trainer.is_global_zero
+
+    def _take_over(self) -> None:
+        """Makes sure that the folder, now ours alone, is as it was found, and clears what a kill has left."""
+        folder = self.run_folder
+        if _stamp(folder / CHECKPOINTS / LAST) != self._found:
+            raise ValueError(f"another process has written to {str(folder)!r} since this one began; start it again")
+        for inner in (folder, folder / CHECKPOINTS, folder / MAPS):
+            remove_partial(inner)
 
     def _fit(self) -> None:
         trainer, folder, last = self.trainer, self.run_folder, self.run_folder / CHECKPOINTS / LAST
