@@ -355,14 +355,17 @@ class LanguageModel(L.LightningModule):
 
     def stream(self, prompt: str, max_new_tokens: int = 200, **options: Any) -> Iterator[str]:
         """The continuation of one prompt in pieces, as they come; arguments as in `generate`."""
-        ids = self.tokenizer.encode(prompt)
-        said = len(self.tokenizer.decode(ids))
+        decode, ids = self.tokenizer.decode, self.tokenizer.encode(prompt)
+        # Decoded are the tokens since the piece before last, as blanks depend on what is before, and not all of them.
+        begin, said = 0, len(ids)
         for (token,) in stream(self.gpt, [ids], max_new_tokens, **options):
             ids.append(token)
-            text = self.tokenizer.decode(ids)
+            text = decode(ids[begin:])
             if not text.endswith("\ufffd"):  # half of a character that takes several tokens
-                yield text[said:]
-                said = len(text)
+                yield text[len(decode(ids[begin:said])) :]
+                begin, said = said, len(ids)
+        if said < len(ids):
+            yield decode(ids[begin:])[len(decode(ids[begin:said])) :]
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
