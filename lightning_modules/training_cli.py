@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -427,7 +428,13 @@ class TrainingCLI(LightningCLI):
         self._announce_schedule()
         before = _stamp(last)
         with without_tracebacks_of_threads(), self._unchanged_by_a_failed_start():
-            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+            try:
+                trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+            except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+                if self._is_of_the_checkpoint(error):
+                    reason = f"its state does not fit ({type(error).__name__}: {error}); give another checkpoint"
+                    raise ValueError(f"cannot go on from {str(self.checkpoint)!r}: {reason}") from error
+                raise
         if trainer.fast_dev_run:
             return
         saved, step = trainer.checkpoint_callback, trainer.global_step
@@ -439,6 +446,14 @@ class TrainingCLI(LightningCLI):
             say(f"step {step}, lowest val_loss {saved.best_score:.4f}: {saved.best_model_path}")
         elif saved.last_model_path:
             say(f"step {step}, without a validation that found a best checkpoint: {saved.last_model_path}")
+
+    def _is_of_the_checkpoint(self, error: Exception) -> bool:
+        """Whether an error came of what was read, before or in the first step that it was read for."""
+        if self.saved is None or isinstance(error, RuntimeError) and "state_dict" not in str(error):
+            return False
+        trace = traceback.extract_tb(error.__traceback__)
+        reading = ("restore", "load_state_dict", "on_load_checkpoint", "_optimizer_to_device", "reset_on_restart")
+        return any(name in frame.name for frame in trace for name in reading)
 
     def _announce_schedule(self) -> None:
         """Says so where a continued run keeps a schedule that ends elsewhere than the run."""
