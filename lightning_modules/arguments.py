@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_modules import cli
+from lightning_modules import cli, trust
 
 
 class Parser(cli.HandsOver, LightningArgumentParser):
@@ -42,11 +42,21 @@ class Parser(cli.HandsOver, LightningArgumentParser):
 
 
 def parse(parser: LightningArgumentParser, args: Iterable[str], **options: Any) -> Namespace:
-    """`parser.parse_args`, whose mistakes are a ValueError of one line."""
+    """`parser.parse_args`, whose mistakes are a ValueError of one line.
+
+    What is not trusted is not imported, from now on; `--trust` among the arguments says what is.
+    """
+    args, trusted = trust.split(args)
+    trust.only(trusted)
     try:
-        return parser.parse_args(list(args), **options)
+        config = parser.parse_args(args, **options)
     except argparse.ArgumentError as error:
         raise ValueError(explain(parser, str(error))) from error
+    if config.get("trust"):
+        raise ValueError(f"a config cannot give trust; take {config.trust!r} out of it, and use {trust.OPTION}")
+    trust.check_functions(config)
+    config.trust = trusted
+    return config
 
 
 def instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace:
@@ -64,6 +74,8 @@ _UNKNOWN = re.compile(
 
 def explain(parser: LightningArgumentParser, text: str) -> str:
     """The gist of a message of jsonargparse, with a remedy."""
+    if path := trust.denied(text):
+        return trust.refusal(path)
     option, text = _gist(text)
     if text.startswith("Unexpected config:"):
         return "it holds no options; write them as in 'model: {preset: qisa-16}'"

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -56,7 +57,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
         description="Looks for a leak in a model: an output that depends on a later token, or on another row of the "
         "batch. TARGET is the name of an attention, a .ckpt file or the folder of a run (its best one), "
         "package.module:factory, which gives any torch module, or a causal language model of Hugging Face: a folder "
-        "with its config.json, or hf:NAME. Exit status: 0 if the model is causal, 1 if it leaks or it is undecided.",
+        "with its config.json, or hf:NAME. package.module:factory is imported and called, so name only what you trust; "
+        "no checkpoint or folder is. Exit status: 0 if the model is causal, 1 if it leaks or it is undecided.",
         epilog=f"example: {COMMANDS['certify'].example}",
         allow_abbrev=False,
     )
@@ -202,9 +204,16 @@ def _hugging_face(name: str, target: str) -> Target:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name)
+        # Else transformers asks on the terminal whether to run the code that came with the weights.
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+    except pickle.UnpicklingError as error:
+        reason = "its weights are no plain data, and reading them would run code; give it with safetensors"
+        raise ValueError(f"refused {target!r}: {reason}") from error
     except Exception as error:  # of many kinds, over many lines
         (line, *_) = str(error).splitlines() or [""]
+        if "custom code" in line:
+            line = "it brings code of its own; import that yourself, and name it as package.module:factory"
+            raise ValueError(f"refused {target!r}: {line}") from error
         raise ValueError(f"cannot load {target!r}: {type(error).__name__}: {line}") from error
     finally:
         transformers.logging.set_verbosity(level)

@@ -157,7 +157,10 @@ class PlainCheckpointIO(TorchCheckpointIO):
         if found := _not_plain(checkpoint):
             raise ValueError(f"a checkpoint holds plain data only, and {found}; keep it out of the saved state")
         with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's archive could not be closed, as nothing more could be written
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None

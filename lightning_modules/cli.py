@@ -269,6 +269,7 @@ REMEDIES = {
     errno.EROFS: "choose another place",
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
+    errno.EFBIG: "raise the limit on the size of files, or choose another place",
 }
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from lightning_modules import trust
 from lightning_modules.arguments import Parser, parse
 from lightning_modules.comparison_report import print_summary, write_comparison
 from lightning_modules.comparison_rows import read_timings
@@ -65,6 +66,7 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with these options, for example configs/quickstart.yaml")
+    trust.add_option(parser)
     add("--title", type=str, default="Attention, compared", help="heading of the report")
     add("--output", type=str, default="runs/comparison", help="folder of the runs and the report")
     add("--mechanisms", type=dict[str, Any], default={}, help="name: attention, as `model.attention` of `qattn fit`")

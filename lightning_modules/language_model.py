@@ -361,14 +361,17 @@ class LanguageModel(L.LightningModule):
 
     def stream(self, prompt: str, max_new_tokens: int = 200, **options: Any) -> Iterator[str]:
         """The continuation of one prompt in pieces, as they come; arguments as in `generate`."""
-        ids = self.tokenizer.encode(prompt)
-        said = len(self.tokenizer.decode(ids))
+        decode, ids = self.tokenizer.decode, self.tokenizer.encode(prompt)
+        # Decoded are the tokens since the piece before last, as blanks depend on what is before, and not all of them.
+        begin, said = 0, len(ids)
         for (token,) in stream(self.gpt, [ids], max_new_tokens, **options):
             ids.append(token)
-            text = self.tokenizer.decode(ids)
+            text = decode(ids[begin:])
             if not text.endswith("\ufffd"):  # half of a character that takes several tokens
-                yield text[said:]
-                said = len(text)
+                yield text[len(decode(ids[begin:said])) :]
+                begin, said = said, len(ids)
+        if said < len(ids):
+            yield decode(ids[begin:])[len(decode(ids[begin:said])) :]
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -430,13 +433,51 @@ class LanguageModel(L.LightningModule):
             raise ValueError(
                 f"the checkpoint holds another model: {found}; continue with the options that it began with"
             )
+        if wrong := self._wrong_in(checkpoint.get("optimizer_states", [])):
+            raise ValueError(
+                f"the checkpoint is damaged: {wrong} of the optimizer does not fit the model; use another copy"
+            )
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._continued_steps = checkpoint.get("schedule_steps")
         self._take_certificate(checkpoint)
 
+    def _wrong_in(self, saved: Any) -> str:
+        """What in the optimizer's state is not of this model; torch's fused steps would read beyond shorter tensors."""
+        if not saved:
+            return ""
+        optimizer = self.configure_optimizers()
+        own, parameters = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+        if (
+            not isinstance(saved, list)
+            or len(saved) != 1
+            or not isinstance(saved[0], dict)
+            or saved[0].keys() != own.keys()
+        ):
+            return "the state"
+        if _kinds(saved[0]["param_groups"]) != _kinds(own["param_groups"]):
+            return "a group of parameters"
+        states = saved[0]["state"]
+        if not isinstance(states, dict):
+            return "the state"
+        for number, state in states.items():
+            if number not in range(len(parameters)) or not isinstance(state, dict):
+                return f"the state of parameter {number}"
+            shape = list(parameters[number].shape)
+            shapes = {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
+            if shapes != {"step": [], "exp_avg": shape, "exp_avg_sq": shape}:
+                return f"the state of parameter {number}"
+        return ""
+
     def _take_certificate(self, checkpoint: dict[str, Any]) -> None:
         certificate = checkpoint.get("causality")
         self.causality = certificate if isinstance(certificate, dict) else None
+
+
+def _kinds(groups: Any) -> Any:
+    """Groups of parameters with the kinds of their options alone, and which parameters they have."""
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return None
+    return [{k: v if k == "params" else type(v) for k, v in group.items()} for group in groups]
 
 
 def planned_steps(trainer: L.Trainer, train_dataloader: Callable[[], Sized]) -> float:

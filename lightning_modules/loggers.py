@@ -5,8 +5,10 @@ that the interrupted run wrote after its last checkpoint are dropped, since the 
 run with a label, as LEAKS, every row of every table has it in the column `causality`.
 """
 
+import contextlib
 import csv
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.files import atomic_write
+from lightning_modules.files import atomic_write, whole_rows
 
 #: The column of the label.
 LABEL = "causality"
@@ -46,7 +48,19 @@ class _Rows(ExperimentWriter):
             self._is_open = True
         if self.label:
             self.metrics = [{**row, LABEL: self.label} for row in self.metrics]
-        super().save()
+        self._widen()
+        with whole_rows(self.metrics_file_path):
+            super().save()
+
+    def _widen(self) -> None:
+        """A header with all columns, before rows are appended to what is there."""
+        keys = list(self.metrics_keys)
+        if self.metrics and self._record_new_keys() and Path(self.metrics_file_path).is_file():
+            try:
+                self._rewrite_with_new_header(self.metrics_keys)
+            except BaseException:
+                self.metrics_keys = keys
+                raise
 
     def relabel(self, label: str) -> None:
         """From now on every row has the label, those that are written already too."""
@@ -137,6 +151,22 @@ class RunCSVLogger(CSVLogger):
 
     def finalize(self, status: str) -> None:
         self.save()
+
+
+@contextlib.contextmanager
+def without_tracebacks_of_threads() -> Iterator[None]:
+    """The thread that writes TensorBoard's events says nothing: its error is raised again where one logs next."""
+    hook = threading.excepthook
+
+    def say(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            hook(args)
+
+    threading.excepthook = say
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def set_label(logger: Logger, label: str) -> None:

@@ -27,7 +27,7 @@ from lightning_modules.checkpoints import first_difference, resolve
 from lightning_modules.cli import COMMANDS, Parser
 from lightning_modules.data import Batch
 from lightning_modules.executions import executed, needed, say
-from lightning_modules.files import atomic_write
+from lightning_modules.files import atomic_write, locked, whole_rows
 from lightning_modules.inspection import attentions_of
 from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel, cross_entropy
@@ -47,6 +47,11 @@ STRENGTHS = (0.001, 0.003, 0.01, 0.03)
 def noise_sweep(argv: list[str]) -> None:
     """`qattn noise-sweep`."""
     options, data_options = _options(argv)
+    with locked(options.output):
+        _sweep(options, data_options)
+
+
+def _sweep(options: argparse.Namespace, data_options: list[str]) -> None:
     folder = Path(options.output)
     subject = _subject(options, data_options)
     plan = list(conditions(options))
@@ -327,7 +332,7 @@ class Rows:
 
     def add(self, row: Row) -> None:
         """One row more."""
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
+        with whole_rows(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row.to_csv() | self.label)
             file.flush()
             os.fsync(file.fileno())

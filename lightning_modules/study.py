@@ -24,6 +24,7 @@ from lightning_modules.comparison_report import write_rows
 from lightning_modules.executions import say
 from lightning_modules.report import RunResult
 from lightning_modules.training_cli import TrainingCLI
+from lightning_modules.trust import OPTION
 from lightning_modules.variant_runs import VariantRuns
 from lightning_modules.variants import Variant, ablations_of, count_parameters, twins_of, without_equals
 from pennylane_qattn import ATTENTION
@@ -189,6 +190,7 @@ class Cell:
         own = {**self.settings(seed, model, trainer or {}), "run": run}
         own["trainer"]["default_root_dir"] = str(self.folder)
         arguments = ["--config", self.study.fit, "--config", json.dumps(own)]
+        arguments += [f"{OPTION}={prefix}" for prefix in self.study.options.trust]
         if self.study.options.overwrite or only_to_look:
             arguments += ["--overwrite"]
         elif (self.folder / run / CHECKPOINTS / LAST).is_file():

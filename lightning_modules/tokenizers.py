@@ -19,6 +19,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from .files import atomic_write
 
+#: Byte-pair encoding learns from words of so many bytes at most; longer ones are cut.
+LONGEST_WORD = 500
+
 
 class Tokenizer(ABC):
     """What a language model needs of a tokenizer; two are equal when they encode and decode alike."""
@@ -157,7 +160,12 @@ class BPETokenizer(Tokenizer):
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        words = tokenizer.pre_tokenizer
+        # The time to learn from a word grows with the square of its length: minutes for 200 kB without a blank.
+        pieces = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{{LONGEST_WORD}}}"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
         tokenizer.train_from_iterator([text], trainer)
+        tokenizer.pre_tokenizer = words
         return cls(tokenizer.to_str())
 
     @classmethod

@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules import arguments, checkpoints, cli
+from lightning_modules import arguments, checkpoints, cli, trust
 from lightning_modules.callbacks import PlainProgress, RandomState, RichProgress, RunCheckpoint
 from lightning_modules.checkpoints import (
     BEST,
@@ -44,12 +45,12 @@ from lightning_modules.checkpoints import (
 )
 from lightning_modules.data import TextDataModule
 from lightning_modules.executions import Executions, say
-from lightning_modules.files import atomic_write
+from lightning_modules.files import atomic_write, locked, remove_partial
 from lightning_modules.gpt import GPTConfig
 from lightning_modules.guard import CausalityGuard, say_if_leaking
 from lightning_modules.labels import labelling, with_label
 from lightning_modules.language_model import LanguageModel, model_config, planned_steps
-from lightning_modules.loggers import RunCSVLogger
+from lightning_modules.loggers import RunCSVLogger, without_tracebacks_of_threads
 from lightning_modules.metrics import describe_bleu
 from lightning_modules.watching import MAPS, Watcher, watchers
 from pennylane_qattn import ATTENTION, Execution, Mechanism
@@ -201,6 +202,7 @@ class TrainingCLI(LightningCLI):
             "File for the predictions, one JSON object per line; by default stdout.",
             type=str | None,
         )
+        trust.add_option(parser)
         parser.set_defaults({"data.block_size": None})  # the model's
         # A name, as the options of a default instance would go over to whatever mechanism is asked for instead.
         parser.set_defaults({"model.attention": "qisa"})
@@ -302,6 +304,7 @@ class TrainingCLI(LightningCLI):
     def _prepare_folder(self) -> None:
         """Finds the checkpoint to continue from, or makes sure that no other run is mixed with this one."""
         folder, checkpoint = self.run_folder, self.checkpoint
+        self._found = _stamp(folder / CHECKPOINTS / LAST)
         if checkpoint is not None:
             self.saved = read_state(checkpoint, map_location="meta")
         if self.config.trainer.fast_dev_run:
@@ -400,8 +403,23 @@ class TrainingCLI(LightningCLI):
 
     def fit(self) -> None:
         """Trains, and leaves all that belongs to the run in its folder."""
-        with labelling(lambda: self.model.label):
+        is_alone = contextlib.nullcontext() if self._writes_nothing else locked(self.run_folder)
+        with labelling(lambda: self.model.label), is_alone:
+            if not self._writes_nothing:
+                self._take_over()
             self._fit()
+
+    @property
+    def _writes_nothing(self) -> bool:
+        return bool(self.trainer.fast_dev_run) or not self.trainer.is_global_zero
+
+    def _take_over(self) -> None:
+        """Makes sure that the folder, now ours alone, is as it was found, and clears what a kill has left."""
+        folder = self.run_folder
+        if _stamp(folder / CHECKPOINTS / LAST) != self._found:
+            raise ValueError(f"another process has written to {str(folder)!r} since this one began; start it again")
+        for inner in (folder, folder / CHECKPOINTS, folder / MAPS):
+            remove_partial(inner)
 
     def _fit(self) -> None:
         trainer, folder, last = self.trainer, self.run_folder, self.run_folder / CHECKPOINTS / LAST
@@ -409,8 +427,14 @@ class TrainingCLI(LightningCLI):
         say(f"{self.model.attention.name} GPT, {parameters:,} parameters, on {self.datamodule.corpus.name}: {folder}")
         self._announce_schedule()
         before = _stamp(last)
-        with self._unchanged_by_a_failed_start():
-            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        with without_tracebacks_of_threads(), self._unchanged_by_a_failed_start():
+            try:
+                trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+            except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+                if self._is_of_the_checkpoint(error):
+                    reason = f"its state does not fit ({type(error).__name__}: {error}); give another checkpoint"
+                    raise ValueError(f"cannot go on from {str(self.checkpoint)!r}: {reason}") from error
+                raise
         if trainer.fast_dev_run:
             return
         saved, step = trainer.checkpoint_callback, trainer.global_step
@@ -422,6 +446,14 @@ class TrainingCLI(LightningCLI):
             say(f"step {step}, lowest val_loss {saved.best_score:.4f}: {saved.best_model_path}")
         elif saved.last_model_path:
             say(f"step {step}, without a validation that found a best checkpoint: {saved.last_model_path}")
+
+    def _is_of_the_checkpoint(self, error: Exception) -> bool:
+        """Whether an error came of what was read, before or in the first step that it was read for."""
+        if self.saved is None or isinstance(error, RuntimeError) and "state_dict" not in str(error):
+            return False
+        trace = traceback.extract_tb(error.__traceback__)
+        reading = ("restore", "load_state_dict", "on_load_checkpoint", "_optimizer_to_device", "reset_on_restart")
+        return any(name in frame.name for frame in trace for name in reading)
 
     def _announce_schedule(self) -> None:
         """Says so where a continued run keeps a schedule that ends elsewhere than the run."""
@@ -463,7 +495,7 @@ class TrainingCLI(LightningCLI):
     def save_config(self) -> None:
         """Writes config.yaml: all options, so that `--config` with it makes the same run again."""
         config = self.config.clone()
-        for name in ("config", "ckpt_path", "overwrite", "output"):
+        for name in ("config", "ckpt_path", "overwrite", "output", "trust"):
             config.pop(name)
         versions = ", ".join(
             f"{name} {version}"

@@ -71,14 +71,21 @@ def as_config(description: Description) -> dict[str, Any]:
 
     So an option that is added to a mechanism later changes nothing about runs that do not use it.
     """
-    cls = type(description)
-    default = cls()
-    values = {f.name: getattr(description, f.name) for f in dataclasses.fields(description) if f.init}
-    changed = {name: value for name, value in values.items() if value != getattr(default, name)}
+    cls, fields = type(description), [f for f in dataclasses.fields(description) if f.init]
+    changed = {f.name: getattr(description, f.name) for f in fields}
+    if not any(f.default is f.default_factory is dataclasses.MISSING for f in fields):
+        default = cls()
+        changed = {name: value for name, value in changed.items() if value != getattr(default, name)}
     return {
         "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": {k: as_config(v) if isinstance(v, Description) else v for k, v in changed.items()},
+        "init_args": {name: _as_option(value) for name, value in changed.items()},
     }
+
+
+def _as_option(value: Any) -> Any:
+    if isinstance(value, Description):
+        return as_config(value)
+    return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
 
 
 # --- ablations --------------------------------------------------------------------------------------------------

@@ -160,6 +160,34 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny, sent, status):
     assert step >= 10 and f"at step {step};" in line
 
 
+def first_state(content):
+    return content["optimizer_states"][0]["state"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: first_state(c).update(exp_avg=torch.ones(1)),  # on which torch's fused steps break down
+        lambda c: first_state(c).pop("exp_avg_sq"),
+        lambda c: first_state(c).update(step=torch.ones(3)),
+        lambda c: c["optimizer_states"][0]["param_groups"][0].update(betas=[]),
+        lambda c: c["optimizer_states"][0]["param_groups"].pop(),
+        lambda c: c["optimizer_states"][0].update(state=[]),
+        lambda c: c["optimizer_states"][0]["state"].update({99: {}}),
+        lambda c: c["optimizer_states"].append(1),
+        lambda c: c["loops"]["fit_loop"].update({"epoch_loop.manual_optimization.optim_step_progress": True}),
+        lambda c: c["state_dict"].pop("gpt.head.bias"),
+    ],
+)
+def test_a_state_of_training_that_does_not_fit(fit, refused, tiny, change):
+    assert fit("--run", "a", "--trainer.max_steps", "4", "--model.schedule", "constant") == 0
+    content = read_checkpoint(LAST)
+    change(content)
+    torch.save(content, LAST)
+    line = refused("fit", *tiny, "--run", "a", "--ckpt_path", "last", "--model.schedule", "constant")
+    assert "the checkpoint is damaged: " in line or f"cannot go on from '{LAST}': its state does not fit" in line
+
+
 # --- folders ----------------------------------------------------------------------------------------------------
 
 

@@ -332,6 +332,31 @@ def test_a_new_run_begins_a_new_file(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().split() == ["loss,step", "1.0,0"]
 
 
+@pytest.mark.parametrize("fails_at", ["header", "rows"])
+def test_rows_are_written_once_there_is_room_again(tmp_path, monkeypatch, fails_at):
+    logger = RunCSVLogger(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.save()
+    logger.log_metrics({"loss": 0.5, "val_loss": 1.5}, 1)
+    with monkeypatch.context() as patch:
+        writerows, calls = csv.DictWriter.writerows, []
+
+        def fails(self, rows):  # first of the file with the new header, then of what is appended
+            writerows(self, rows)
+            calls.append(rows)
+            if len(calls) == (1 if fails_at == "header" else 2):
+                raise OSError(28, "no room")
+
+        patch.setattr(csv.DictWriter, "writerows", fails)
+        with pytest.raises(OSError) as error:
+            logger.save()
+    assert error.value.filename == str(tmp_path / "metrics.csv")
+    lines = (tmp_path / "metrics.csv").read_text().split()
+    assert lines == (["loss,step", "1.0,0"] if fails_at == "header" else ["loss,step,val_loss", "1.0,0,"])
+    logger.save()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["loss,step,val_loss", "1.0,0,", "0.5,1,1.5"]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lightning_modules.files import atomic_write
+from lightning_modules.files import atomic_write, new_folder, whole_rows
 
 
 def test_the_file_appears_only_when_it_is_whole(tmp_path):
@@ -131,3 +131,41 @@ def test_only_writing_modes(tmp_path):
     with pytest.raises(ValueError, match="mode must be 'wb' or 'w'; got 'a'"):
         with atomic_write(tmp_path / "x", "a"):
             pass
+
+
+@pytest.mark.parametrize("number", [28, 122])
+def test_a_disk_that_is_full_from_the_start_is_no_bad_input(tmp_path, monkeypatch, number):
+    def full(*_):
+        raise OSError(number, "no room")
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "data.bin"):
+        pass
+    assert (error.value.errno, error.value.filename) == (number, str(tmp_path / "data.bin"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no room"), RuntimeError("I/O error: no room (os error 28)")])
+def test_a_folder_on_a_full_disk(tmp_path, error):
+    with pytest.raises(OSError) as raised, new_folder(tmp_path / "new") as folder:
+        (folder / "part").touch()
+        raise error
+    assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "new")) and not os.listdir(tmp_path)
+    with pytest.raises(RuntimeError, match="another"), new_folder(tmp_path / "new"):
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [None, "a,b\n1,2\n"])
+def test_rows_are_appended_all_or_none(tmp_path, kind, before):
+    path = tmp_path / "rows.csv"
+    if before is not None:
+        path.write_text(before)
+    with pytest.raises(kind) as raised, whole_rows(path), open(path, "a") as file:
+        file.write("3,4\n5,")
+        file.flush()
+        raise kind(28, "no room")
+    assert (path.read_text() if path.exists() else None) == before
+    assert getattr(raised.value, "filename", str(path)) == str(path)
+    with whole_rows(path), open(path, "a") as file:
+        file.write("3,4\n")
+    assert path.read_text() == (before or "") + "3,4\n"

@@ -400,6 +400,19 @@ def test_streaming_waits_for_whole_characters():
     assert list(model.stream("a", 6, temperature=0)) == ["é", "猫", "!"]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_streaming_bytes_that_are_no_characters(seed, monkeypatch):
+    tokenizer = BPETokenizer.train("naïve café 猫\n" * 9, 270)
+    torch.manual_seed(seed)
+    model = LanguageModel(tokenizer, attention="classical", **TINY).eval()
+    (text,) = model.generate(["a"], 150, seed=seed)
+    decode, lengths = BPETokenizer.decode, []
+    monkeypatch.setattr(BPETokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
+    pieces = list(model.stream("a", 150, seed=seed))
+    assert "a" + "".join(pieces) == text and "\ufffd" in text and len(pieces) > 9
+    assert sum(lengths) < 30 * 150  # not the whole text again for each token
+
+
 def test_a_character_outside_the_vocabulary(build):
     with pytest.raises(ValueError, match="'é' at position 3"):
         build().generate(["thé".replace("é", " é")], 3)

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from lightning_modules import tokenizers
 from lightning_modules.tokenizers import TOKENIZERS, BPETokenizer, CharTokenizer, tokenizer_from_plain
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklm", k=7)) for i in range(40)]
@@ -280,3 +281,27 @@ def test_foreign_and_corrupt_data_are_refused_in_one_line(plain, message):
     with pytest.raises(ValueError) as error:
         tokenizer_from_plain(plain)
     assert message in one_line(error) and len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\0", "0123456789", "\U0001f389"])
+@pytest.mark.timeout(20)
+def test_a_text_without_words_is_learned_from_in_time(unit):
+    """A word of 300,000 letters took minutes, as the time grew with its square."""
+    text = (unit * 300_000)[:300_000]
+    tokenizer = BPETokenizer.train(text, 300)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(ids) < len(text.encode()) / 4
+
+
+def test_words_of_usual_length_are_learned_as_a_whole(monkeypatch):
+    text = "the cat and the dog, " * 40 + "x" * tokenizers.LONGEST_WORD + " end"
+    before = BPETokenizer.train(text, 290)
+    monkeypatch.setattr(tokenizers, "LONGEST_WORD", 10_000)
+    assert BPETokenizer.train(text, 290) == before
+    assert json.loads(before.description)["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+@pytest.mark.parametrize("text", ["\ufeffa\r\nb\rc\n\x85d\u2028", "\0\0a", "שלום ‏عليكم‎", "👩‍👩‍👧‍👦𝔘", "\ud7ff\ue000"])
+def test_odd_characters_come_back(text):
+    for tokenizer in (CharTokenizer.train(text), BPETokenizer.train("the cat " * 9, 260)):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
