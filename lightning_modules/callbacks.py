@@ -21,9 +21,12 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules import labels
 from lightning_modules.checkpoints import BEST, LAST, first_difference
+from lightning_modules.executions import say
+from lightning_modules.processes import gather, of_all_processes
 
 PROGRESS = ("ready", "started", "processed", "completed")
 
@@ -48,34 +51,33 @@ class RandomState(Callback):
 
     They are saved in every checkpoint and set again right before the first batch of the continued run. Validation
     leaves them as they were, so training does not depend on when it is validated.
+
+    Of several processes each draws numbers of its own, as for dropout. A run may go on with another number of
+    processes; those that the checkpoint knows nothing of begin as in a new run.
     """
 
     def __init__(self) -> None:
         self._of_training: dict[str, Any] | None = None
-        self._to_restore: dict[str, Any] | None = None
+        self._saved: list[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._of_training or random_state()
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return {"processes": [state]}
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, state)
-        return {"processes": states}
+        return {"processes": gather(self._of_training or random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if initialized else (0, 1)
-        if len(state_dict["processes"]) != size:
-            raise ValueError(
-                f"the checkpoint is of a run on {len(state_dict['processes'])} processes and cannot be continued on "
-                f"{size}; use as many as before"
-            )
-        self._to_restore = state_dict["processes"][rank]
+        self._saved = state_dict["processes"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_rank:  # Lightning has given all of them the same seed, which is right for the weights only
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._to_restore is not None:
-            set_random_state(self._to_restore)
-            self._to_restore = None
+        if self._saved is None:
+            return
+        if len(self._saved) != trainer.world_size:
+            say(f"goes on with {trainer.world_size} instead of {len(self._saved)} processes: dropout draws otherwise")
+        if trainer.global_rank < len(self._saved):
+            set_random_state(self._saved[trainer.global_rank])
+        self._saved = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._of_training = random_state()
@@ -115,7 +117,8 @@ class RunCheckpoint(Checkpoint):
 
     `last.ckpt` is written before the first batch, every `every_n_train_steps` optimizer steps, after each validation
     and at the end; `best.ckpt` is the one of them with the lowest `monitor`. The first signal lets the batch finish,
-    writes `last.ckpt` and raises `Interrupted`; a second one ends the process at once.
+    writes `last.ckpt` and raises `Interrupted`; a second one ends the process at once. Of several processes it is
+    enough that one receives the signal: all stop after the same batch.
 
     It is written for `PlainCheckpointIO` and batches that follow from the trainer's progress, as `TextDataModule`'s do.
 
@@ -175,21 +178,21 @@ class RunCheckpoint(Checkpoint):
             self._restored = None
         if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients are pending, which no checkpoint holds
-        step = trainer.global_step
+        step, signum = trainer.global_step, self._received(trainer)
         is_due = self._saved_step < 0 or step - self._saved_step >= self.every_n_train_steps
-        if self._score_is_new or (step > self._saved_step and (is_due or self._received(trainer))):
+        if self._score_is_new or (step > self._saved_step and (is_due or signum)):
             self._save(trainer)
-        self._stop_if_interrupted(trainer)
+        self._stop_if_interrupted(signum, trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if not self._received(trainer) or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or not (signum := self._received(trainer)):
             return
         # After the last step Lightning would not come back to the validation, so an earlier checkpoint must do.
         is_last = trainer.global_step == trainer.max_steps
         if not (trainer.sanity_checking or is_last or trainer.fit_loop._should_accumulate()):
             self._interrupting_validation = True
             self._save(trainer)
-        self._stop_if_interrupted(trainer)
+        self._stop_if_interrupted(signum, trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
@@ -229,18 +232,25 @@ class RunCheckpoint(Checkpoint):
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self._signal = signum
+        if rank_zero_only.rank:
+            return
         # A write to `sys.stderr` could come in the middle of another one.
         text = labels.with_label("stopping after this batch; once more to end at once", labels.current())
         os.write(2, f"\nqattn: {text}\n".encode())
 
     def _received(self, trainer: L.Trainer) -> int:
-        return self._signal or (signal.SIGTERM if trainer.received_sigterm else 0)
+        """The signal that any of the processes has received; each of them must ask at the same point."""
+        signum = self._signal or (signal.SIGTERM if trainer.received_sigterm else 0)
+        if trainer.world_size == 1:
+            return signum
+        received = torch.tensor(int(signum), device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
 
-    def _stop_if_interrupted(self, trainer: L.Trainer) -> None:
-        if signum := self._received(trainer):
+    def _stop_if_interrupted(self, signum: int, trainer: L.Trainer) -> None:
+        if signum:
             name, step = signal.Signals(signum).name, trainer.global_step
             saved = f"last checkpoint: {self.last_model_path}" if self.last_model_path else "nothing is saved yet"
-            raise Interrupted(signum, f"stopped by {name} at step {step}; {saved}")
+            raise of_all_processes(Interrupted(signum, f"stopped by {name} at step {step}; {saved}"))
 
     # --- what is saved ------------------------------------------------------------------------------------------
 
@@ -282,7 +292,6 @@ def _settings(trainer: L.Trainer) -> dict[str, Any]:
         "limit_train_batches": trainer.limit_train_batches,
         "overfit_batches": trainer.overfit_batches,
         "precision": str(trainer.precision),
-        "world_size": trainer.world_size,
     }
 
 

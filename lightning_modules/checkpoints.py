@@ -118,10 +118,15 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"the checkpoint has a tensor {name} of shape {shape}; the model's is {list(own[name].shape)}"
             )
+    take_precision(model, state_dict)
+    model.load_state_dict(state_dict)
+
+
+def take_precision(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Gives the parameters and buffers of a model the precision of those that are to be loaded into it."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state_dict and tensor.is_floating_point():
             tensor.data = tensor.data.to(state_dict[name].dtype)
-    model.load_state_dict(state_dict)
 
 
 def first_difference(then: Any, now: Any, name: str = "") -> str | None:

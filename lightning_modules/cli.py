@@ -235,6 +235,10 @@ def _report(error: BaseException) -> int:
         error = cause
     if isinstance(error, SystemExit) and not hasattr(error, "message"):
         return error.code if isinstance(error.code, int) else FAILURE if error.code else 0
+    processes = sys.modules.get("lightning_modules.processes")  # loaded where there may be several
+    if processes and processes.is_left_to_the_first(error):
+        return 0  # Lightning kills the first process, which is about to tell, where another ends with a failure
+    speaker = processes.speaker() if processes else ""
     if os.environ.get("QATTN_DEBUG") == "1":
         traceback.print_exception(error)
     if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
@@ -244,7 +248,7 @@ def _report(error: BaseException) -> int:
         print("qattn: error: stopped by Ctrl-C", file=sys.stderr)
         return 130
     label = getattr(error, "label", "")  # of the run that it ended
-    print(f"qattn: error: {with_label(one_line(error), label)}", file=sys.stderr)
+    print(f"qattn: error: {speaker}{with_label(one_line(error), label)}", file=sys.stderr)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILURE
     return BAD_INPUT if _is_bad_input(error) else FAILURE
@@ -257,7 +261,11 @@ def _is_bad_input(error: BaseException) -> bool:
 
 def _is_told(error: BaseException) -> bool:
     """Whether its text alone says enough."""
-    return _is_bad_input(error) or type(error).__name__ in ("ExecutionBudgetError", "NonCausalError")
+    return _is_bad_input(error) or type(error).__name__ in (
+        "ExecutionBudgetError",
+        "LostProcessError",
+        "NonCausalError",
+    )
 
 
 #: What to do about errors of the operating system.

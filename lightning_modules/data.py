@@ -109,6 +109,7 @@ class Batches(Dataset):
             "block_size": self.windows.block_size,
             "number of windows": len(self.windows),
             "batch_size * processes": self.batch_size * self.world_size,
+            "batches in an epoch": len(self),
             "shuffle": self.shuffle,
             "samples_per_epoch": self.samples,
             "seed": self.seed,
@@ -202,7 +203,7 @@ class TextDataModule(L.LightningDataModule):
             folder with GPT-1's vocab.json and merges.txt, or a tokenizer.
         bpe_vocab_size: Number of tokens that bpe learns, at least 256.
         block_size: Tokens in a window (T).
-        batch_size: Windows in a batch of one process (B).
+        batch_size: Windows in a batch of one process (B); several processes take a step together on as many times B.
         train_fraction: Part of the text to train on, between 0 and 1.
         val_fraction: Part of the text to validate on, the piece after the training split. The test split is
             the rest; with fractions that sum to 1 there is none.

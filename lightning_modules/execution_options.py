@@ -20,6 +20,7 @@ OPTIONS = {
     "seed": "of the shots (default: 0)",
     "max_executions": "most executions of circuits on the device",
     "retries": "how often a failed call is tried again on a device that is no simulator here (default: 2)",
+    "processes": "of this machine that run circuits at a time, on a simulator each (default: 1)",
 }
 
 

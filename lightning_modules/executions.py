@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
@@ -20,7 +21,7 @@ class Executions(Callback):
 
     Before the first execution on a device that is no exact simulator of this machine, the executions that are needed
     per step and in all are printed: at most so many, as equal circuits may run once. In training, `executions`, those
-    of this process so far, is logged.
+    of all processes so far, is logged.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: LanguageModel, stage: str) -> None:
@@ -53,20 +54,20 @@ class Executions(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         if trainer._logger_connector.should_update_logs and (done := executed(pl_module)):
-            pl_module.log("executions", float(done))
+            pl_module.log("executions", float(done), sync_dist=True, reduce_fx="sum")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         if trainer.state.fn == "validate":
-            self._conclude(pl_module)
+            self._conclude(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        self._conclude(pl_module)
+        self._conclude(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        self._conclude(pl_module)
+        self._conclude(trainer, pl_module)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        self._conclude(pl_module)
+        self._conclude(trainer, pl_module)
 
     def _announce(self, trainer: L.Trainer, model: LanguageModel, batches: int) -> None:
         explain(model)
@@ -74,8 +75,9 @@ class Executions(Callback):
             tokens = trainer.world_size * batches * trainer.datamodule.batch_size * trainer.datamodule.block_size
             say(f"at most {needed(model, tokens, training=False):,} executions")
 
-    def _conclude(self, model: LanguageModel) -> None:
-        if done := executed(model):
+    def _conclude(self, trainer: L.Trainer, model: LanguageModel) -> None:
+        done = torch.tensor(executed(model), device=trainer.strategy.root_device)
+        if done := int(trainer.strategy.reduce(done, reduce_op="sum")):
             say(f"{done:,} executions")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
@@ -18,7 +19,9 @@ from lightning_modules import checkpoints
 from lightning_modules.callbacks import RunCheckpoint
 from lightning_modules.executions import say
 from lightning_modules.labels import LEAKS, label_of, leaks
+from lightning_modules.language_model import LanguageModel
 from lightning_modules.loggers import set_label
+from lightning_modules.processes import is_sharded, of_all_processes
 from pennylane_qattn import causality
 
 
@@ -44,7 +47,7 @@ class CausalityGuard(Callback):
     it, whatever later certificates say. A certificate that is undecided stops nothing and is said.
 
     Random states, weights and modes are as before. With several processes, the first one certifies and the others are
-    told, so all of them stop or none. Each must hold the whole model.
+    told, so all of them stop or none. Where FSDP gives each a part of the weights, a copy of the whole is certified.
 
     Args:
         allow_noncausal: train a model that leaks, with the label.
@@ -88,6 +91,14 @@ class CausalityGuard(Callback):
     # --- when -------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.strategy.restore_checkpoint_after_setup:  # the weights are there only now
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.ckpt_path is None and self._model is not pl_module:
             self._plain = None  # of another model
         is_due = self._model is not pl_module or trainer.ckpt_path is not None  # whose weights come after `check`
@@ -122,7 +133,10 @@ class CausalityGuard(Callback):
 
     def _certify_on_all(self, trainer: L.Trainer, model: L.LightningModule, is_due: bool) -> None:
         """Takes the certificate of the first process on all of them."""
-        certificate = self._certify(model) if is_due and trainer.is_global_zero else self.certificate
+        certificate, is_due = self.certificate, trainer.strategy.broadcast(is_due)
+        if is_due:
+            whole = _whole(trainer, model)  # asked for on all processes
+            certificate = self._certify(whole) if trainer.is_global_zero else None
         self._take(model, trainer.strategy.broadcast(certificate), is_told=not is_due)
 
     def _certify(self, model: nn.Module) -> causality.Certificate:
@@ -148,7 +162,7 @@ class CausalityGuard(Callback):
 
     def _stop_if_leaking(self, remedy: str) -> None:
         if self.label and not self.allow_noncausal:
-            raise NonCausalError(f"{_found(self._plain)}; {remedy}", self._plain)
+            raise of_all_processes(NonCausalError(f"{_found(self._plain)}; {remedy}", self._plain))
 
     def _label_loggers(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers if self.label else ():
@@ -174,6 +188,21 @@ def _found(certificate: dict[str, Any]) -> str:
         return causality.Certificate.from_plain(certificate).summary()
     except ValueError:  # of a checkpoint that something else has written
         return f"the model {LEAKS}, by the certificate in its checkpoint"
+
+
+def _whole(trainer: L.Trainer, model: L.LightningModule) -> nn.Module:
+    """The model, or where its weights are in parts a copy that, on the first process, has all of them."""
+    if not is_sharded(trainer):
+        return model
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f"CausalityGuard puts no {type(model).__name__} together that FSDP shares out; use ddp, say")
+    weights = trainer.strategy.lightning_module_state_dict()
+    with torch.random.fork_rng(devices=[]):
+        copy = LanguageModel.from_plain(model.to_plain())
+    copy.causality = model.causality
+    if trainer.is_global_zero:
+        checkpoints.load_weights(copy, weights)
+    return copy
 
 
 def _name(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from lightning_modules.generation import generate, stream
 from lightning_modules.gpt import GPT, GPTConfig, preset
 from lightning_modules.labels import LEAKS, leaks
 from lightning_modules.metrics import TextMetrics, below_optimum
+from lightning_modules.processes import is_sharded, of_all_processes
 from lightning_modules.sources import Source
 from lightning_modules.tokenizers import Tokenizer, tokenizer_from_plain
 from pennylane_qattn import ATTENTION, QISA, Execution, Mechanism, set_execution
@@ -78,9 +79,10 @@ class LanguageModel(L.LightningModule):
     """A GPT that predicts the next token of a text.
 
     Its checkpoints hold all there is to it (`load_from_checkpoint`). Logged are `train_loss`, `learning_rate`,
-    `grad_norm` (before clipping) and `train_characters_per_second`, and of validation and test what `TextMetrics`
-    computes, with the cross-entropy, in nats per token, under the names `val_loss` and `test_loss`. Where the language
-    of the text is known (`TextDataModule.source`), these are also `val_optimum`, `val_excess` and `val_excess_error`.
+    `grad_norm` (before clipping) and `train_characters_per_second`, each of all processes together where there are
+    several, and of validation and test what `TextMetrics` computes, with the cross-entropy, in nats per token, under
+    the names `val_loss` and `test_loss`. Where the language of the text is known (`TextDataModule.source`), these are
+    also `val_optimum`, `val_excess` and `val_excess_error`.
 
     Args:
         tokenizer: turns text into token ids; on the command line it comes from the data.
@@ -171,6 +173,10 @@ class LanguageModel(L.LightningModule):
         #: The step at which the schedule of the learning rate ends; known when training starts.
         self.total_steps: float | None = None
         self._continued_steps: float | None = None  # that of the run that is continued
+        self._matrices: set[str] | None = None  # names of the parameters that decay
+
+    def configure_model(self) -> None:
+        self._matrices = self._find_matrices()  # before a strategy cuts them up, which takes their shape away
 
     def set_execution(self, execution: Execution) -> None:
         """Runs the circuits that way from now on; the weights stay as they are."""
@@ -196,8 +202,10 @@ class LanguageModel(L.LightningModule):
         if self.compile_training:
             mode = "default" if self.compile_training is True else self.compile_training
             self.gpt.compile(mode=mode)  # in place, so that checkpoints have the names that they always have
-        self.total_steps = self._continued_steps or self.optimisation.schedule_steps or self._steps_of_the_run()
-        self._continued_steps = None
+        self.total_steps = self.optimisation.schedule_steps or self._steps_of_the_run()
+
+    def on_train_start(self) -> None:
+        self.total_steps, self._continued_steps = self._continued_steps or self.total_steps, None
 
     def _steps_of_the_run(self) -> float:
         if self.optimisation.schedule == "constant":
@@ -211,31 +219,61 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         inputs, targets = batch
-        loss = cross_entropy(self.gpt(inputs), targets)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._diverged(f"the loss is {loss.item()}", batch_idx))
+        loss, whole = self._over_processes(cross_entropy(self.gpt(inputs), targets), len(inputs))
+        if not torch.isfinite(whole):  # on all processes or none, so none waits for another
+            raise self._diverged(f"the loss is {whole.item()}", batch_idx)
         self._tokens += targets.numel()
         if self._is_logging():
-            self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(inputs))
+            self.log("train_loss", whole, prog_bar=True, batch_size=len(inputs))
         return loss
+
+    def _over_processes(self, loss: Tensor, windows: int) -> tuple[Tensor, Tensor]:
+        """What this process is to differentiate, and the mean loss of the windows of all processes.
+
+        Strategies average the gradients of processes, whatever number of windows each had: in the last batch of an
+        epoch one may have more than another.
+        """
+        processes = self.trainer.world_size
+        if processes == 1:
+            return loss, loss.detach()
+        sums = torch.stack([loss.detach() * windows, loss.new_tensor(windows)])
+        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return loss * (windows * processes / count), total / count
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self.optimisation.learning_rate_at(self.global_step, self.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if is_sharded(self.trainer):  # its root knows all parts
+            norm = self.trainer.strategy.model.clip_grad_norm_(math.inf)
+        else:
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # A gradient scaler meets infinities on its way to the right scale and skips such steps by itself.
         if not torch.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            raise FloatingPointError(self._diverged(f"the norm of the gradient is {norm.item()}"))
+            raise self._diverged(f"the norm of the gradient is {norm.item()}")
         if self._is_logging():
             self.log_dict({"learning_rate": rate, "grad_norm": norm})
 
-    def _diverged(self, what: str, batch_idx: int | None = None) -> str:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and is_sharded(self.trainer) and gradient_clip_algorithm in (None, "norm"):
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # Lightning would refuse
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _diverged(self, what: str, batch_idx: int | None = None) -> FloatingPointError:
         batch = self.trainer.fit_loop.batch_idx if batch_idx is None else batch_idx
         where = f"step {self.global_step} (epoch {self.current_epoch}, batch {batch})"
-        return (
-            f"{what} at {where}; stopped before it changed a weight; try a smaller learning_rate or more warmup_steps"
+        return of_all_processes(
+            FloatingPointError(
+                f"{what} at {where}; stopped before it changed a weight; try a smaller learning_rate or more "
+                "warmup_steps"
+            )
         )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -246,7 +284,7 @@ class LanguageModel(L.LightningModule):
             _, targets = batch
             characters = sum(len(self.tokenizer.decode(window)) for window in targets.tolist())
             rate = self._tokens * characters / targets.numel() / self._clock.read()
-            self.log("train_characters_per_second", rate)
+            self.log("train_characters_per_second", rate, sync_dist=True, reduce_fx="sum")
             self._tokens = 0
             self._clock.start()
 
@@ -269,15 +307,20 @@ class LanguageModel(L.LightningModule):
         """The parameters that decay, and those that do not."""
         if self.optimisation.decay_all:
             return [{"params": list(self.parameters())}]
+        names = self._find_matrices() if self._matrices is None else self._matrices
+        parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.named_parameters()}
+        matrices = [p for name, p in parameters.items() if name in names]
+        others = [p for name, p in parameters.items() if name not in names]
+        return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+    def _find_matrices(self) -> set[str]:
         embeddings = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
 
         def decays(name: str, parameter: nn.Parameter) -> bool:
             # Linear maps call their matrix `weight`; circuit angles are `weights`, and vectors are norms' or biases.
             return name.endswith("weight") and parameter.ndim >= 2 and id(parameter) not in embeddings
 
-        matrices = [p for name, p in self.named_parameters() if decays(name, p)]
-        others = [p for name, p in self.named_parameters() if not decays(name, p)]
-        return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        return {name for name, parameter in self.named_parameters() if decays(name, parameter)}
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -313,8 +356,9 @@ class LanguageModel(L.LightningModule):
             self.optimum_per_position[stage] = values.pop("optimum_per_position").reshape(-1).cpu()
         per_position = values.pop("cross_entropy_per_position").reshape(-1).cpu()  # torchmetrics drops a single axis
         self.cross_entropy_per_position[stage] = per_position
-        self.log(f"{stage}_loss", values.pop("cross_entropy"), prog_bar=True)
-        self.log_dict({f"{stage}_{name}": value for name, value in values.items()})
+        # The values are those of all processes already; without `sync_dist` Lightning would warn that they are not.
+        self.log(f"{stage}_loss", values.pop("cross_entropy"), prog_bar=True, sync_dist=True)
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, sync_dist=True)
         if self.trainer.sanity_checking:
             return
         if "excess" in values:
@@ -328,7 +372,8 @@ class LanguageModel(L.LightningModule):
     def _compare_with_optimum(self, stage: str, excess: float, error: float) -> None:
         from lightning_modules.executions import say  # which imports this module
 
-        if below_optimum(excess, error, windows=self.metrics[stage].excess.windows):
+        windows = torch.tensor(self.metrics[stage].excess.windows, device=self.device)
+        if below_optimum(excess, error, windows=int(self.trainer.strategy.reduce(windows, reduce_op="sum"))):
             below = f"{-excess:.4f} nats (standard error {error:.4f}) below the least that a causal model can have"
             say(f"{stage}_loss is {below}, so the model {LEAKS}")
 
@@ -439,6 +484,8 @@ class LanguageModel(L.LightningModule):
             )
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._continued_steps = checkpoint.get("schedule_steps")
+            # Lightning loads the weights before it converts the model, which would round double to single precision.
+            checkpoints.take_precision(self, checkpoint.get("state_dict", {}))  # FSDP has loaded them already
         self._take_certificate(checkpoint)
 
     def _wrong_in(self, saved: Any) -> str:

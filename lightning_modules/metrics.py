@@ -237,6 +237,14 @@ def below_optimum(excess: float, excess_error: float, windows: int | None = None
     return excess < -(STANDARD_ERRORS * excess_error + ROUNDING)
 
 
+def _share(windows: int) -> int:
+    """How many of the first windows are this process's, where processes share out each batch in turns."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return windows
+    return -((distributed.get_rank() - windows) // distributed.get_world_size())
+
+
 def _padded(values: Tensor, length: int) -> Tensor:
     return F.pad(values, (0, length - len(values)))
 
@@ -255,7 +263,7 @@ class TextMetrics(nn.Module):
 
     Args:
         tokenizer: turns token ids into text; only its ``decode`` is used.
-        text_windows: CER, WER and BLEU look at the first so many windows (of each process) since the last
+        text_windows: CER, WER and BLEU look at the first so many windows, of all processes, since the last
             `reset`; None takes all. The other metrics always use all windows. 1,024 suits validation during
             training, None a final test.
 
@@ -294,8 +302,8 @@ class TextMetrics(nn.Module):
         if optimal is not None:
             self.excess.update(losses, optimal)
         self.likelihood.update(losses, sum(map(len, references)))
-        room = len(references) if self.text_windows is None else self.text_windows - self._text_seen
-        if references[:room]:
+        room = len(references) if self.text_windows is None else _share(self.text_windows) - self._text_seen
+        if room > 0:
             argmax = logits[:room].argmax(dim=-1).tolist()
             _update_text(self.text, [self.tokenizer.decode(ids) for ids in argmax], references[:room])
             self._text_seen += len(argmax)

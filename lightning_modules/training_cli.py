@@ -52,6 +52,7 @@ from lightning_modules.labels import labelling, with_label
 from lightning_modules.language_model import LanguageModel, model_config, planned_steps
 from lightning_modules.loggers import RunCSVLogger, without_tracebacks_of_threads
 from lightning_modules.metrics import describe_bleu
+from lightning_modules.processes import as_lost, end_others, gather, in_turns
 from lightning_modules.watching import MAPS, Watcher, watchers
 from pennylane_qattn import ATTENTION, Execution, Mechanism
 from pennylane_qattn.registry import Registry
@@ -339,6 +340,7 @@ class TrainingCLI(LightningCLI):
             if self.saved is not None:
                 self.model.on_load_checkpoint(self.saved)  # refuses another model's before anything is written
         self.trainer = self.instantiate_trainer()
+        self.datamodule.trainer = self.trainer  # which knows how many processes share an epoch
 
     def _check_described_model(self) -> None:
         """Refuses a config that describes another model than the checkpoint's."""
@@ -425,9 +427,12 @@ class TrainingCLI(LightningCLI):
         trainer, folder, last = self.trainer, self.run_folder, self.run_folder / CHECKPOINTS / LAST
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         say(f"{self.model.attention.name} GPT, {parameters:,} parameters, on {self.datamodule.corpus.name}: {folder}")
+        if (processes := trainer.world_size) > 1:
+            size = self.datamodule.batch_size
+            say(f"{processes} processes, each with batches of {size} windows: {processes * size} windows together")
         self._announce_schedule()
         before = _stamp(last)
-        with without_tracebacks_of_threads(), self._unchanged_by_a_failed_start():
+        with without_tracebacks_of_threads(), self._unchanged_by_a_failed_start(), self._ending_together():
             try:
                 trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
             except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
@@ -435,7 +440,7 @@ class TrainingCLI(LightningCLI):
                     reason = f"its state does not fit ({type(error).__name__}: {error}); give another checkpoint"
                     raise ValueError(f"cannot go on from {str(self.checkpoint)!r}: {reason}") from error
                 raise
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         saved, step = trainer.checkpoint_callback, trainer.global_step
         if _stamp(last) == before and self.saved is None:
@@ -454,6 +459,18 @@ class TrainingCLI(LightningCLI):
         trace = traceback.extract_tb(error.__traceback__)
         reading = ("restore", "load_state_dict", "on_load_checkpoint", "_optimizer_to_device", "reset_on_restart")
         return any(name in frame.name for frame in trace for name in reading)
+
+    @contextlib.contextmanager
+    def _ending_together(self) -> Iterator[None]:
+        """An error of one process, which the others would wait for, ends all of them."""
+        try:
+            yield
+        except BaseException as error:
+            if not getattr(error, "of_all_processes", False):
+                end_others(self.trainer)
+                if lost := as_lost(error, self.trainer):
+                    raise lost from error
+            raise
 
     def _announce_schedule(self) -> None:
         """Says so where a continued run keeps a schedule that ends elsewhere than the run."""
@@ -514,7 +531,8 @@ class TrainingCLI(LightningCLI):
     def evaluate(self) -> None:
         """Prints the metrics of the validation or test text."""
         run = self.trainer.validate if self.command == "validate" else self.trainer.test
-        (metrics,) = run(self.model, datamodule=self.datamodule, verbose=False)
+        with self._ending_together():
+            (metrics,) = run(self.model, datamodule=self.datamodule, verbose=False)
         if not self.trainer.is_global_zero:
             return
         label = self.model.label
@@ -532,8 +550,12 @@ class TrainingCLI(LightningCLI):
 
     def predict(self) -> None:
         """Writes one JSON object per window."""
-        batches = self.trainer.predict(self.model, datamodule=self.datamodule)
-        lines = (json.dumps(window, ensure_ascii=False) for batch in batches for window in batch)
+        with self._ending_together():
+            shares = gather(self.trainer.predict(self.model, datamodule=self.datamodule))
+        if not self.trainer.is_global_zero:
+            return
+        windows = (window for batches in zip(*shares, strict=True) for window in in_turns(batches))
+        lines = (json.dumps(window, ensure_ascii=False) for window in windows)
         if self.config.output is None:
             for line in lines:
                 print(line)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lightning_modules.files import atomic_write
 from lightning_modules.labels import label_of
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.processes import is_sharded
 from pennylane_qattn import Attention, CircuitFeatureMap
 from pennylane_qattn.attention import Visibility, attention_weights
 from pennylane_qattn.entanglement import CircuitStates, meyer_wallach
@@ -62,6 +63,12 @@ class Watcher(Callback, ABC):
     #: Finds what is looked at, and what that is called.
     find: Callable[[nn.Module], dict[str, Any]]
     subject: str
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if is_sharded(trainer):
+            raise ValueError(
+                f"{type(self).__name__} looks at whole weights, and FSDP shares them out; leave it out, or use ddp"
+            )
 
     def check(self, model: nn.Module) -> None:
         """Refuses a model in which there is nothing to see: ValueError, one line."""
@@ -164,6 +171,7 @@ class GradientVariance(Watcher):
         self._wires: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.check(pl_module)
             self._maps = self.find(pl_module)
@@ -227,7 +235,7 @@ class _FirstValidationBatch(Watcher):
     """Logs, with the metrics of each validation, values of what modules read and gave on its first batch.
 
     Args:
-        windows: how many windows of the batch are looked at.
+        windows: how many windows of the batch are looked at, of each process.
     """
 
     def __init__(self, windows: int = 32):
@@ -246,6 +254,7 @@ class _FirstValidationBatch(Watcher):
         """What is logged, from the argument and the result of each module."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage in ("fit", "validate"):
             self.check(pl_module)
             self._modules = self.prepare(pl_module)
@@ -265,7 +274,11 @@ class _FirstValidationBatch(Watcher):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._watching is not None:
             seen = self._end()
-            pl_module.log_dict(self.values(seen), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            # Another process may have a window more or less. Lightning would round a `batch_size` that says so.
+            windows = torch.tensor(float(len(next(iter(seen.values()))[0])), device=pl_module.device)
+            share = windows / trainer.strategy.reduce(windows.clone(), reduce_op="mean")
+            values = {name: value * share for name, value in self.values(seen).items()}
+            pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._end()
@@ -397,6 +410,7 @@ class AttentionMaps(Watcher):
             raise ValueError(f"the text of AttentionMaps must have at least one token; got {self.text!r}")
 
     def setup(self, trainer: L.Trainer, pl_module: LanguageModel, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.check(pl_module)
             self._layers = self.find(pl_module)

@@ -5,7 +5,9 @@ machine. Any other device is taken to cost money: it is asked nothing that would
 """
 
 import contextlib
+import copy
 import importlib
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,8 @@ import pennylane as qml
 from pennylane.devices import ExecutionConfig
 from pennylane.measurements import StateMP
 from pennylane.tape import QuantumScript
+
+from pennylane_qattn.spreading import spread
 
 #: Simulators that run on this machine: probing them costs nothing.
 LOCAL_SIMULATORS = frozenset(
@@ -139,6 +143,7 @@ class Runner:
         seed: of the shots.
         meter: counts the executions of this runner and of others that share it.
         retries: how often a failed call is tried again on a device that is not a simulator here.
+        processes: of this machine that run tapes at a time; 1 is this one alone.
     """
 
     name: str
@@ -148,6 +153,7 @@ class Runner:
     seed: int | None = None
     meter: Meter = field(default_factory=Meter)
     retries: int = 2
+    processes: int = 1
     _stream: Any = field(default=None, init=False, repr=False)
     #: A simulator has one state: two threads at a time would read each other's.
     _lock: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
@@ -242,7 +248,8 @@ class Runner:
         self.meter.charge(_executions(tapes), self.name)
         for first in range(0, len(tapes), MAX_TAPES):
             part = tapes[first : first + MAX_TAPES]
-            for tape, result in zip(part, self._with_retries(part), strict=True):
+            found = self._with_retries(part) if self.processes == 1 else self._spread("_execute", part)
+            for tape, result in zip(part, found, strict=True):
                 several = result if isinstance(result, tuple | list) else (result,)
                 results.append(tuple(np.asarray(value) for value in several))
                 if len(results[-1]) != len(tape.measurements):
@@ -255,11 +262,40 @@ class Runner:
         self.meter.charge(_executions(tapes), self.name)
         for first in range(0, len(tapes), MAX_TAPES):
             part = tapes[first : first + MAX_TAPES]
-            batch, _, config = self._preprocessed(part, ExecutionConfig(gradient_method="adjoint"))
-            with self._lock:
-                found = self.device.compute_derivatives(tuple(batch), config)
-            gradients += [np.atleast_1d(np.asarray(gradient, dtype=np.float64)) for gradient in found]
+            gradients += self._derivatives(part) if self.processes == 1 else self._spread("_derivatives", part)
         return gradients
+
+    def _derivatives(self, tapes: Sequence[QuantumScript]) -> list[np.ndarray]:
+        batch, _, config = self._preprocessed(tapes, ExecutionConfig(gradient_method="adjoint"))
+        with self._lock:
+            found = self.device.compute_derivatives(tuple(batch), config)
+        return [np.atleast_1d(np.asarray(gradient, dtype=np.float64)) for gradient in found]
+
+    def _spread(self, method: str, tapes: Sequence[QuantumScript]) -> list[Any]:
+        return spread(self._twin, method, tapes, self.processes)
+
+    @cached_property
+    def _twin(self) -> bytes:
+        """What another process opens to run its share, always the same, so that it opens it once."""
+        twin = copy.copy(self)
+        twin.processes, twin.meter = 1, Meter()
+        return pickle.dumps(twin)
+
+    def why_not_spread(self) -> str | None:
+        """Why tapes cannot be spread over processes; `None` if they can."""
+        instead = "leave processes out"
+        if not self.is_local:
+            return f"{self.name} is no simulator of this machine, so its circuits go to it from one process; {instead}"
+        if self.options.get("max_workers") is not None:
+            return "max_workers is the device's own pool of processes; give max_workers or processes, not both"
+        if self.shots is not None:
+            return f"with shots={self.shots} several processes would draw the same numbers; {instead}, or shots"
+        try:
+            pickle.dumps(dict(self.options))
+        except Exception as error:  # pickle and what it pickles raise many types
+            reason = " ".join(str(error).split())
+            return f"device_options of {self.name} cannot be handed to other processes ({reason}); {instead}"
+        return None
 
     def survives_adjoint(self, tape: QuantumScript) -> str | None:
         """The gate of a tape that the device's adjoint method would replace by others, if there is one."""

@@ -137,6 +137,7 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         codes = state_dict.get(f"{prefix}word_codes")
+        codes = None if codes is None else codes.data  # reads what FSDP has left in the file
         if codes is not None and (codes.is_floating_point() or ((codes < 0) | (codes > 3)).any()):
             raise ValueError(f"{prefix}word_codes must hold 0 to 3 for I, X, Y, Z; got {codes.unique().tolist()}")
         super()._load_from_state_dict(state_dict, prefix, *args)

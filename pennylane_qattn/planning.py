@@ -46,6 +46,7 @@ class Execution:
         max_executions: most executions in all; `None`: any number on simulators of this machine, 10,000 on other
             devices.
         retries: how often a failed call to a device that is no simulator here is tried again.
+        processes: of this machine that run circuits at a time, on a simulator of its own each; 1: no others.
     """
 
     executor: str = "auto"
@@ -58,6 +59,7 @@ class Execution:
     seed: int = 0
     max_executions: int | None = None
     retries: int = 2
+    processes: int = 1
 
     def __post_init__(self) -> None:
         def require(sound: bool, what: str) -> None:
@@ -68,7 +70,7 @@ class Execution:
         require(self.executor in names, f"unknown executor {self.executor!r}; choose from {', '.join(names)}")
         known = ("auto", *METHODS)
         require(self.diff_method in known, f"unknown diff_method {self.diff_method!r}; choose from {', '.join(known)}")
-        for name, least in (("shots", 1), ("max_executions", 1), ("retries", 0), ("seed", 0)):
+        for name, least in (("shots", 1), ("max_executions", 1), ("retries", 0), ("seed", 0), ("processes", 1)):
             value = getattr(self, name)
             optional = name in ("shots", "max_executions")
             sound = (value is None and optional) or (type(value) is int and value >= least)
@@ -93,7 +95,7 @@ class Execution:
     @property
     def of_device(self) -> list[str]:
         """What it asks for that only a device can do."""
-        names = ("device", "device_options", "diff_method", "gradient_options")
+        names = ("device", "device_options", "diff_method", "gradient_options", "processes")
         return [name for name in names if getattr(self, name) != getattr(Execution(), name)]
 
     @property
@@ -162,6 +164,8 @@ def make_plan(
         because = ("as asked for",)
     runner = runner or open_runner(execution, circuits[0].num_wires)
     tapes = Tapes(circuits, execution.noise, execution.shots)
+    if execution.processes > 1 and (refusal := runner.why_not_spread()):
+        raise ValueError(refusal)
     if execution.noise and not runner.gives_channels:
         raise ValueError(f"{runner.name} simulates no noise channels; use default.mixed, or leave the noise out")
     refusal = runner.why_not_run(tapes.expectations(tapes.example(), broadcast=False))
@@ -214,6 +218,7 @@ def open_runner(execution: Execution, num_wires: int, index: int = 0, meter: Met
         (execution.seed * 1_000_003 + index) % 2**31,
         meter or make_meter(execution),
         execution.retries,
+        execution.processes,
     )
 
 
@@ -227,6 +232,8 @@ def why_not(method: str, execution: Execution, runner: Runner, tapes: Tapes) -> 
     """Why a method cannot be used, and what to use instead; `None` if it can."""
     if method in ("backprop", "adjoint") and execution.shots is not None:
         return f"{method} needs exact values, not shots={execution.shots}; use parameter-shift, or leave shots out"
+    if method == "backprop" and execution.processes > 1:
+        return "backprop runs within torch, so not in several processes; use adjoint or parameter-shift"
     if method == "adjoint" and execution.noise:
         return "adjoint needs pure states, and noise makes them mixed; use backprop or parameter-shift"
     if method in ("backprop", "adjoint") and not runner.differentiates(method):

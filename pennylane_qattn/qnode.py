@@ -150,6 +150,8 @@ class QNodeExecutor(Executor):
         size = 4**self.tapes.num_wires if self.runner.gives_channels else 2**self.tapes.num_wires
         size = max(size, (self.execution.shots or 0) * self.tapes.num_wires)  # every bit of every shot is kept
         most = max(1, MAX_AMPLITUDES // size) if broadcast else None
+        if most and self.execution.processes > 1:  # which share tapes, not what is in one
+            most = min(most, -(-max(job.size for job in jobs) // self.execution.processes) or 1)
         parts = [
             [job[first : first + most] for first in range(0, job.size, most)] if most and job.size else [job]
             for job in jobs

@@ -41,7 +41,8 @@ def blocks(page: str, *languages: str) -> list[tuple[int, str]]:
 
 def commands(page: str) -> list[str]:
     shell = "".join(block for _, block in blocks(page, "bash")).replace("\\\n", " ")
-    return [line for line in shell.splitlines() if line.startswith("qattn ")]
+    lines = [re.sub("^torchrun .* (?=qattn )", "", line) for line in shell.splitlines()]
+    return [line for line in lines if line.startswith("qattn ")]
 
 
 def run(code: str, line: int, names: dict, page: str) -> None:

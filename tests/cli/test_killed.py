@@ -28,7 +28,7 @@ def life(arguments):
     try:
         with open("stderr.txt", "w") as file:
             os.dup2(file.fileno(), 2)
-            sys.stderr = open(2, "w", closefd=False)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # _exit flushes nothing
             status = cli.main(arguments)
     finally:
         os._exit(status)
@@ -87,7 +87,8 @@ def survive(tiny, kills, steps):
     longest = start + 1.6 * (whole - start) / kills  # so that the kills are over before the run is
     rng, killed, reached = random.Random(7), 0, [0]
     while True:
-        onwards = ["--ckpt_path", "last"] if LAST.is_file() else []
+        # what was killed ahead of its first checkpoint is begun again
+        onwards = ["--ckpt_path", "last"] if LAST.is_file() else ["--overwrite"]
         pid = life(["fit", *options, "--run", "a", "--trainer.max_steps", str(steps), *onwards])
         if killed < kills:
             time.sleep(rng.uniform(0.02, longest))

@@ -116,6 +116,13 @@ def test_a_run_that_an_error_ended_goes_on(fit, refused, tiny, monkeypatch):
     assert metrics("runs/a") == metrics("runs/whole")
 
 
+def test_a_run_in_double_precision_goes_on_in_it(fit):
+    double = ["--trainer.precision", "64-true", "--model.schedule_steps", "15"]
+    assert fit(*double, "--run", "whole") == fit(*double, "--run", "a", "--trainer.max_steps", "6") == 0
+    assert fit(*double, "--run", "a", "--ckpt_path", "last") == 0
+    assert_same_weights(LAST, "runs/whole/checkpoints/last.ckpt")
+
+
 def start(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lightning_modules", *arguments]
@@ -518,7 +525,12 @@ def test_data_options_of_a_checkpoint_name_no_classes(fit, capsys):
 
 # --- configs ----------------------------------------------------------------------------------------------------
 
-SMALLER = {"gpt1.yaml": ["--model.num_layers", "1", "--model.embed_dim", "24", "--data.bpe_vocab_size", "300"]}
+_GPT1 = ["--model.num_layers", "1", "--model.embed_dim", "24", "--data.bpe_vocab_size", "300"]
+SMALLER = {
+    "gpt1.yaml": _GPT1,
+    # tests/cli/test_distributed.py has its strategy on the CPU
+    "gpt1-fsdp.yaml": [*_GPT1, "--trainer.strategy", "auto", "--trainer.devices", "1", "--trainer.precision", "32"],
+}
 #: All but those of `qattn compare`.
 RUN_CONFIGS = sorted(
     p.name for p in (ROOT / "configs").glob("*.yaml") if "mechanisms" not in yaml.safe_load(p.read_text())

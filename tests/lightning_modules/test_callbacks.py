@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -382,9 +383,29 @@ def test_continuing_with_something_else_is_refused(run, tmp_path, options, messa
     assert {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()} == files
 
 
-def test_another_number_of_processes_is_refused():
-    with pytest.raises(ValueError, match="2 processes"):
-        RandomState().load_state_dict({"processes": [random_state()] * 2})
+def test_processes_draw_their_own_numbers_and_go_on_with_them(capsys):
+    def begun(process, processes, saved=None):
+        torch.manual_seed(5)
+        own, trainer = RandomState(), SimpleNamespace(global_rank=process, world_size=processes)
+        if saved is not None:
+            own.load_state_dict({"processes": saved})
+        own.on_train_start(trainer, None)
+        own.on_train_batch_start(trainer, None)
+        return own
+
+    states = [begun(process, 3).state_dict()["processes"][0] for process in range(3)]
+    draws = [torch.rand(7) for process in range(3) if begun(process, 3)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 3
+    torch.manual_seed(5)
+    assert torch.equal(draws[0], torch.rand(7))
+    moved = [states[1], states[2]]
+    for process in range(2):
+        begun(process, 2, moved)
+        assert torch.equal(torch.rand(7), draws[process + 1])
+    assert capsys.readouterr().err == ""
+    begun(2, 3, moved)  # which the checkpoint knows nothing of
+    assert torch.equal(torch.rand(7), draws[2])
+    assert capsys.readouterr().err == "qattn: goes on with 3 instead of 2 processes: dropout draws otherwise\n"
 
 
 def test_saving_too_often_is_refused(tmp_path):

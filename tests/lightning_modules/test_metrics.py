@@ -233,10 +233,11 @@ def optimum(targets):
 def _rank(rank, meeting, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
-    metrics = TextMetrics(LETTERS)
+    some, whole = TextMetrics(LETTERS, text_windows=43), TextMetrics(LETTERS)
     for logits, targets in zip(*(values.split(40) for values in random_windows(97, 5)), strict=True):
-        metrics.update(logits[rank::2], targets[rank::2], optimum(targets[rank::2]))
-    queue.put(computed(metrics))
+        for metrics in (some, whole):
+            metrics.update(logits[rank::2], targets[rank::2], optimum(targets[rank::2]))
+    queue.put((computed(some), computed(whole)))
     torch.distributed.destroy_process_group()
 
 
@@ -249,12 +250,13 @@ def test_two_processes_agree_with_one(tmp_path):
     results = [queue.get(timeout=60) for _ in workers]
     for worker in workers:
         worker.join()
-    one = TextMetrics(LETTERS)
     logits, targets = random_windows(97, 5)
-    one.update(logits, targets, optimum(targets))
-    for result in results:
-        for name, value in computed(one).items():
-            assert result[name] == pytest.approx(value, rel=1e-13), name
+    for text_windows, found in zip((43, None), zip(*results, strict=True), strict=True):
+        one = TextMetrics(LETTERS, text_windows)
+        one.update(logits, targets, optimum(targets))
+        for result in found:
+            for name, value in computed(one).items():
+                assert result[name] == pytest.approx(value, rel=1e-13), name
 
 
 def test_continuations():
