@@ -478,7 +478,8 @@ class LanguageModel(L.LightningModule):
             raise ValueError(
                 f"the checkpoint holds another model: {found}; continue with the options that it began with"
             )
-        if wrong := self._wrong_in(checkpoint.get("optimizer_states", [])):
+        is_here_in_parts = self._trainer is not None and is_sharded(self.trainer)  # and torch puts it together by name
+        if not is_here_in_parts and (wrong := self._wrong_in(checkpoint.get("optimizer_states", []))):
             raise ValueError(
                 f"the checkpoint is damaged: {wrong} of the optimizer does not fit the model; use another copy"
             )
@@ -501,15 +502,20 @@ class LanguageModel(L.LightningModule):
             or saved[0].keys() != own.keys()
         ):
             return "the state"
-        if _kinds(saved[0]["param_groups"]) != _kinds(own["param_groups"]):
+        groups = saved[0]["param_groups"]
+        if _kinds(groups) != _kinds(own["param_groups"]):
+            return "a group of parameters"
+        # FSDP numbers parameters in the order of the model, everybody else in that of the groups
+        numbered = dict(zip((number for group in groups for number in group["params"]), parameters, strict=True))
+        if len(numbered) < len(parameters):
             return "a group of parameters"
         states = saved[0]["state"]
         if not isinstance(states, dict):
             return "the state"
         for number, state in states.items():
-            if number not in range(len(parameters)) or not isinstance(state, dict):
+            if number not in numbered or not isinstance(state, dict):
                 return f"the state of parameter {number}"
-            shape = list(parameters[number].shape)
+            shape = list(numbered[number].shape)
             shapes = {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
             if shapes != {"step": [], "exp_avg": shape, "exp_avg_sq": shape}:
                 return f"the state of parameter {number}"
@@ -521,10 +527,15 @@ class LanguageModel(L.LightningModule):
 
 
 def _kinds(groups: Any) -> Any:
-    """Groups of parameters with the kinds of their options alone, and which parameters they have."""
+    """Groups of parameters with the kinds of their options alone, and how many parameters they have."""
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return None
-    return [{k: v if k == "params" else type(v) for k, v in group.items()} for group in groups]
+
+    def kind(name: str, value: Any) -> Any:
+        is_numbers = name == "params" and isinstance(value, list) and all(type(number) is int for number in value)
+        return len(value) if is_numbers else type(value)
+
+    return [{name: kind(name, value) for name, value in group.items()} for group in groups]
 
 
 def planned_steps(trainer: L.Trainer, train_dataloader: Callable[[], Sized]) -> float:

@@ -179,7 +179,19 @@ def test_fully_sharded_weights_train_as_whole_ones(fit, tiny, attention):
         *("--trainer.gradient_clip_val", "0.5", "--model.schedule_steps", "15", "--model.weight_decay", "0.5"),
     ]
     assert fit(*options, *AS_TWO, "--run", "one") == 0
-    sharded = ["fit", *tiny, "--config", "fsdp.yaml", *options, "--trainer.devices", "2", "--run", "two"]
+    sharded = [
+        "fit",
+        *tiny,
+        "--trust",
+        "on_cpu",
+        "--config",
+        "fsdp.yaml",
+        *options,
+        "--trainer.devices",
+        "2",
+        "--run",
+        "two",
+    ]
     for end in (["--trainer.max_steps", "7"], ["--ckpt_path", "last"]):
         status, out, error = run(*sharded, *end, PYTHONPATH=f"{ROOT}:{Path.cwd()}")
         assert status == 0, error
