@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn import cuda_kernels, kernels
+from pennylane_qattn.transforms import is_batched
 
 #: Numbers that are prepared faster by the formula as it stands.
 FEWEST_NUMBERS = 2**14
@@ -49,16 +50,19 @@ def augment(
         layout: where things stand.
     """
     on_gpu = cuda_kernels.serve_vectors(x)
-    factors = [f if isinstance(f, Tensor) else _of_all_heads(x, f, on_gpu) for f in (factor, norm_factor)]
-    if cuda_kernels.serve_vectors(x, *factors) or (x.numel() >= FEWEST_NUMBERS and kernels.serve(x, *factors)):
-        return _Augment.apply(x, *factors, layout)
-    factor, norm_factor = (f[:, None, None] for f in factors)
-    ends = [x.new_zeros(()).expand(*x.shape[:-1], 1)] * (layout.width - x.shape[-1])
+    if on_gpu or (x.numel() >= FEWEST_NUMBERS and kernels.serve(x)):
+        factors = [f if isinstance(f, Tensor) else _of_all_heads(x, f, on_gpu) for f in (factor, norm_factor)]
+        if all(f.dtype == x.dtype and not is_batched(f) for f in factors):
+            return _Augment.apply(x, *factors, layout)
+    factor, norm_factor = (f[:, None, None] if isinstance(f, Tensor) else f for f in (factor, norm_factor))
+    ends = [x.new_zeros(())] * (layout.width - x.shape[-1])
     for place in layout.ones:
-        ends[place] = x.new_ones(()).expand(*x.shape[:-1], 1)
+        ends[place] = x.new_ones(())
+    shape = (*x.shape[:-1], 1)
+    columns = [end.expand(shape) for end in ends]
     if layout.norm is not None:
-        ends[layout.norm] = norm_factor * x.square().sum(-1, keepdim=True)
-    return torch.cat((factor * x, *ends), dim=-1)
+        columns[layout.norm] = norm_factor * x.square().sum(-1, keepdim=True)
+    return torch.cat((factor * x, *columns), dim=-1)
 
 
 def _of_all_heads(x: Tensor, value: float, on_gpu: bool) -> Tensor:
