@@ -7,14 +7,12 @@ alone ends all of them: the others notice that it is gone.
 import re
 import signal
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-Failure = TypeVar("Failure", bound=BaseException)
 
 #: What gloo and NCCL say where a process that they wait for is gone.
 _GONE = re.compile(r"gloo|nccl|closed by peer|reset by peer|broken pipe", re.IGNORECASE)
@@ -24,7 +22,7 @@ class LostProcessError(RuntimeError):
     """Another process of the run has ended."""
 
 
-def of_all_processes(error: Failure) -> Failure:
+def of_all_processes(error: BaseException) -> BaseException:
     """The error, marked as one that every process of the run raises at the same point."""
     error.of_all_processes = True  # type: ignore[attr-defined]
     return error

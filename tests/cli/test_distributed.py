@@ -166,6 +166,7 @@ class OnCPU(FSDPStrategy):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("attention", ["qisa", "grover"])
 def test_fully_sharded_weights_train_as_whole_ones(fit, tiny, attention):
     """Wrapping by the config's policy, tied weights, circuits, decay, clipping, certificate, and going on."""
