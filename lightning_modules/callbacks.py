@@ -71,6 +71,13 @@ class RandomState(Callback):
                 f"{size}; use as many as before"
             )
         self._to_restore = state_dict["processes"][rank]
+        before = random_state()
+        try:
+            set_random_state(self._to_restore)
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint is damaged: its random state cannot be set ({error})") from error
+        finally:
+            set_random_state(before)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._to_restore is not None:
@@ -103,8 +110,10 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Sets what `random_state` gave."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    keys, position, *rest = state["numpy"]
+    if not 0 <= position <= len(keys):  # NumPy would read beyond them
+        raise ValueError(f"the position among NumPy's keys is {position}")
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, *rest))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
