@@ -64,7 +64,15 @@ class RandomState(Callback):
         return {"processes": gather(self._of_training or random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict["processes"]
+        before = random_state()
+        try:
+            self._saved = list(state_dict["processes"])
+            for state in self._saved:
+                set_random_state(state)
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint is damaged: its random state cannot be set ({error})") from error
+        finally:
+            set_random_state(before)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_rank:  # Lightning has given all of them the same seed, which is right for the weights only
@@ -105,8 +113,10 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Sets what `random_state` gave."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    keys, position, *rest = state["numpy"]
+    if not 0 <= position <= len(keys):  # NumPy would read beyond them
+        raise ValueError(f"the position among NumPy's keys is {position}")
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, *rest))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -74,7 +74,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 def read_state(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
     """As `read_checkpoint`, of a checkpoint that training can go on from."""
     content = read_checkpoint(path, map_location)
-    if not {"optimizer_states", "loops", "global_step", "pytorch-lightning_version"} <= content.keys():
+    if not {"optimizer_states", "loops", "callbacks", "global_step", "pytorch-lightning_version"} <= content.keys():
         raise ValueError(
             f"{str(path)!r} holds a model and not the state of its training, so training cannot go on from it; give a "
             "last.ckpt or best.ckpt that qattn fit wrote"

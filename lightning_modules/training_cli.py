@@ -32,7 +32,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules import arguments, checkpoints, cli, trust
+from lightning_modules import arguments, checkpoints, cli, training_state, trust
 from lightning_modules.callbacks import PlainProgress, RandomState, RichProgress, RunCheckpoint
 from lightning_modules.checkpoints import (
     BEST,
@@ -341,6 +341,8 @@ class TrainingCLI(LightningCLI):
                 self.model.on_load_checkpoint(self.saved)  # refuses another model's before anything is written
         self.trainer = self.instantiate_trainer()
         self.datamodule.trainer = self.trainer  # which knows how many processes share an epoch
+        if self.command == "fit" and self.saved is not None:
+            training_state.check(self.saved, self.trainer)
 
     def _check_described_model(self) -> None:
         """Refuses a config that describes another model than the checkpoint's."""

@@ -184,6 +184,16 @@ def first_state(content):
         lambda c: c["optimizer_states"].append(1),
         lambda c: c["loops"]["fit_loop"].update({"epoch_loop.manual_optimization.optim_step_progress": True}),
         lambda c: c["state_dict"].pop("gpt.head.bias"),
+        lambda c: c["callbacks"].update(RandomState={}),
+        lambda c: c["callbacks"].pop("RandomState"),
+        lambda c: c["callbacks"]["RandomState"]["processes"][0].update(numpy=([1] * 624, 10**9, 0, 0.0)),  # beyond it
+        lambda c: c["callbacks"]["RunCheckpoint"].update(best_score="low"),
+        lambda c: c["loops"]["fit_loop"].pop("epoch_progress"),
+        lambda c: c["loops"]["fit_loop"]["epoch_progress"]["current"].update(ready=-1),
+        lambda c: c["loops"].update(fit_loop=[]),
+        lambda c: c.update(global_step=3),
+        lambda c: c.pop("schedule_steps"),
+        lambda c: c["run"].update(batches_that_stepped=[]),
     ],
 )
 def test_a_state_of_training_that_does_not_fit(fit, refused, tiny, change):
