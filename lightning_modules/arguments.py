@@ -52,6 +52,8 @@ def parse(parser: LightningArgumentParser, args: Iterable[str], **options: Any) 
         config = parser.parse_args(args, **options)
     except argparse.ArgumentError as error:
         raise ValueError(explain(parser, str(error))) from error
+    except RecursionError:
+        raise ValueError("the config nests its values too deep, or in themselves; write them flat") from None
     if config.get("trust"):
         raise ValueError(f"a config cannot give trust; take {config.trust!r} out of it, and use {trust.OPTION}")
     trust.check_functions(config)
