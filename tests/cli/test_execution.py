@@ -174,7 +174,13 @@ def test_mistakes_are_one_line(tmp_path, run, capsys, options, message):
 
 def test_options_of_generate_are_those_of_execution():
     plain = {"executor": "qnode", "device": "x", "device_options": {"a": 1}, "shots": 5, "seed": 3, "retries": 1}
-    plain |= {"max_executions": 9, "noise.depolarizing": 0.1, "noise.amplitude_damping": 0.2, "noise.readout": 0.3}
+    plain |= {
+        "max_executions": 9,
+        "processes": 2,
+        "noise.depolarizing": 0.1,
+        "noise.amplitude_damping": 0.2,
+        "noise.readout": 0.3,
+    }
     assert plain.keys() == OPTIONS.keys()
     parser = Parser()
     add_execution_options(parser)
