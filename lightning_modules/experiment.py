@@ -86,8 +86,8 @@ def _parser() -> Parser:
         help="name: options under `data` of `qattn fit`, for several corpora",
     )
     add("--twins", type=bool, default=False, help="add for each mechanism classical attention of as many parameters")
-    matched = "what is changed first to make a twin: the size of its heads, or its width"
-    add("--matched_by", type=Literal[MATCHING], default="head", help=matched)
+    matched = "what is changed first to make a twin: the size of its heads, or its width; mechanism: way for some alone"
+    add("--matched_by", type=Literal[MATCHING] | dict[str, Literal[MATCHING]], default=MATCHING[0], help=matched)
     add("--ablations", type=list[str], default=[], help=f"add each mechanism without a part: {', '.join(ABLATIONS)}")
     add("--ablate", type=list[str] | None, default=None, help="the mechanisms to do so with; by default all of them")
     add("--fit", type=dict[str, Any] | str, default={}, help="options of `qattn fit` for all runs, or a config of it")
@@ -134,6 +134,9 @@ def _check(options: Namespace) -> None:
     for name in options.ablate or []:
         if name not in options.mechanisms:
             raise ValueError(f"ablate names {name!r}; choose from the mechanisms: {', '.join(options.mechanisms)}")
+    for name in options.matched_by if isinstance(options.matched_by, dict) else ():
+        if name not in options.mechanisms:
+            raise ValueError(f"matched_by names {name!r}; choose from the mechanisms: {', '.join(options.mechanisms)}")
     if any(not 0 < rate < math.inf for rate in options.learning_rates):
         raise ValueError(f"learning_rates must be positive and finite; got {options.learning_rates}")
     for name, least in (("tuning_steps", 1), ("tuning_seed", 0), ("timing_rounds", 0), ("sample_length", 1)):

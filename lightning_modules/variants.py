@@ -256,14 +256,16 @@ def matched_classical(config: GPTConfig, parameters: int, by: str = "head") -> t
     )
 
 
-def twins_of(variants: list[Variant], config: GPTConfig, by: str = "head") -> list[Variant]:
-    """The variants, and the classical twins of the mechanisms that are not among them, matched as `by` says.
+def twins_of(variants: list[Variant], config: GPTConfig, by: str | Mapping[str, str] = MATCHING[0]) -> list[Variant]:
+    """The variants, and the classical twins of the mechanisms that are not among them.
 
+    They are matched by one of `MATCHING`, or each as `by` has it under the name of its mechanism, the rest by the first.
     An ablation shares the twin of its mechanism where that has as many parameters as it has, too.
     """
     result = {variant.name: variant for variant in variants}
     for variant in (v for v in variants if v.role == "mechanism"):
-        mechanism, model, mismatch = matched_classical(config, variant.parameters, by)
+        own = by if isinstance(by, str) else by.get(variant.name, MATCHING[0])
+        mechanism, model, mismatch = matched_classical(config, variant.parameters, own)
         same = [other for other in result.values() if _is_same(other, mechanism, model)]
         if same:
             twin = same[0]

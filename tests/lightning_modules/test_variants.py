@@ -114,6 +114,13 @@ def test_a_twin_matched_by_width():
     assert (twin.name, twin.title, twin.model) == ("classical-d24", "classical, width 24", {"embed_dim": 24})
 
 
+def test_each_mechanism_may_have_its_own_way_of_matching():
+    large = count_parameters(dataclasses.replace(CONFIG, embed_dim=24), Classical())
+    pair = [dataclasses.replace(v, parameters=large) for v in variants(a=Gaussian(), b=Gaussian())]
+    found = {v.name: v for v in twins_of(pair, CONFIG, {"b": "width"})}
+    assert found["b"].twin == "classical-d24" and found[found["a"].twin].model == {}
+
+
 def test_ablations_leave_one_thing_out():
     assert ablated(QISA()) == {
         "m-frozen": QISA(trainable=False),
