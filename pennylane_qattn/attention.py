@@ -22,8 +22,9 @@ from pennylane_qattn.neighbours import Recent, join_neighbours
 from pennylane_qattn.scores import Score
 from pennylane_qattn.transforms import is_transformed
 
-#: Most attention weights that are written out at a time, and kept for the gradient: 64 MiB in float32.
-MAX_WEIGHTS = 2**24
+#: Most attention weights that are written out at a time, and kept for the gradient: 4 MiB in float32 on a CPU.
+MAX_WEIGHTS = {"cpu": 2**20}
+_ON_OTHER_DEVICES = 2**23
 
 
 class KeyValueCache:
@@ -188,6 +189,16 @@ def fused_attention(
     return (out if blind is None else out.masked_fill(blind, 0.0))[..., :width]
 
 
+def max_weights(device: torch.device) -> int:
+    """How many attention weights are written out at a time."""
+    return MAX_WEIGHTS.get(device.type, _ON_OTHER_DEVICES)
+
+
+def is_fused(device: torch.device, dropout: float) -> bool:
+    """Whether torch's attention needs no matrix of weights; on a CPU it writes one out to drop some of them."""
+    return not (dropout and device.type == "cpu")
+
+
 def written_attention(
     score: Score,
     q: Float[Tensor, "batch heads queries prepared"],
@@ -208,13 +219,19 @@ def blocked_attention(
     visibility: Visibility,
     dropout: float,
 ) -> Float[Tensor, "batch heads queries features"]:
-    """The same by blocks of rows, at most `MAX_WEIGHTS` weights at a time, which are made again for the gradient."""
-    rows = max(1, MAX_WEIGHTS // (q.shape[0] * q.shape[1] * visibility.keys))
+    """The same by blocks of rows, at most `max_weights` at a time, which are made again for the gradient.
+
+    Without dropout, `dropout` being 0, by the structure of rows where there is one.
+    """
+    rows = max(1, max_weights(q.device) // (q.shape[0] * q.shape[1] * visibility.keys))
     done = []
     for first in range(0, visibility.queries, rows):
         part = visibility.of_rows(first, min(first + rows, visibility.queries))
         sides = q[:, :, first : first + rows], k[:, :, : part.keys], v[:, :, : part.keys]
-        done.append(checkpoint(written_attention, score, *sides, part, dropout, use_reentrant=False))
+        if score.is_structured and visibility.is_in_order and not dropout:
+            done.append(checkpoint(structured_attention, score, *sides, part, use_reentrant=False))
+        else:
+            done.append(checkpoint(written_attention, score, *sides, part, dropout, use_reentrant=False))
     return torch.cat(done, dim=2)
 
 
@@ -317,14 +334,16 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # to pad every value that a cache holds would take longer than a single row of weights
         is_row = visibility.queries == 1 and q.shape[-1] > v.shape[-1]
-        if self.score.is_dot_product and self._applies_weights_as_they_are and not is_row:
-            heads = fused_attention(self.score, q, k, v, visibility, dropout)
-        elif self._can_be_structured(visibility, dropout):
-            heads = structured_attention(self.score, q, k, v, visibility)
-        elif not self._applies_weights_as_they_are:
+        num_weights = q.shape[0] * q.shape[1] * visibility.queries * visibility.keys
+        is_small = num_weights <= max_weights(x.device) or is_transformed()
+        if not self._applies_weights_as_they_are:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
             heads = self.applied(weights, visibility).to(v.dtype) @ v
-        elif is_transformed() or q.shape[0] * q.shape[1] * visibility.queries * visibility.keys <= MAX_WEIGHTS:
+        elif self.score.is_dot_product and not is_row and (is_small or is_fused(x.device, dropout)):
+            heads = fused_attention(self.score, q, k, v, visibility, dropout)
+        elif self._can_be_structured(visibility, dropout) and (is_small or self.score.is_sparing):
+            heads = structured_attention(self.score, q, k, v, visibility)
+        elif is_small:
             heads = written_attention(self.score, q, k, v, visibility, dropout)
         else:
             heads = blocked_attention(self.score, q, k, v, visibility, dropout)

@@ -26,12 +26,15 @@ class Score(nn.Module, ABC):
 
     Attributes:
         is_dot_product: `forward(q, k)` is `scale * q @ k^T` of the prepared sides, so fused attention may be used.
-        is_structured: rows have a structure that spares the matrix of weights (`grover/sparse_score.py`).
+        is_structured: rows have a structure that spares the matrix of weights (`grover/sparse_score.py`), so `attend`
+            may be used.
+        is_sparing: `attend` writes out nothing that grows with queries times keys, however many there are.
         scale: that factor.
     """
 
     is_dot_product: bool = False
     is_structured: bool = False
+    is_sparing: bool = True
     scale: float = 1.0
 
     def __init__(self, num_heads: int, features: int):

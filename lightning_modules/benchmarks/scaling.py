@@ -53,9 +53,8 @@ class Theory:
 
 
 def writes_weights(attention: Attention) -> bool:
-    """Whether it makes a matrix of weights, T x T: neither a dot product nor of structured rows, or transposed."""
-    has_structure = attention.score.is_dot_product or attention.score.is_structured
-    return not has_structure or isinstance(attention, PublishedAttention)
+    """Whether it makes a matrix of weights, T x T; others make some rows at a time, if at all."""
+    return isinstance(attention, PublishedAttention)
 
 
 def by_width(attention: Attention) -> Theory:

@@ -91,6 +91,7 @@ class AmplificationScore(ScaledDotScore):
     """
 
     is_dot_product = False
+    is_sparing = False  # the marks are a matrix
 
     def __init__(
         self,

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 
-from pennylane_qattn import GaussianScore, ScaledDotScore, attention, build_attention
+from pennylane_qattn import ATTENTION, GaussianScore, ScaledDotScore, attention, build_attention, double_exponential
 from pennylane_qattn.attention import KeyValueCache, Visibility, attention_weights, fused_attention
+from pennylane_qattn.grover import support
 
 
 @pytest.mark.parametrize("score", [ScaledDotScore, GaussianScore])
@@ -57,10 +59,16 @@ def test_cache_grows_by_what_is_appended(rng):
     assert len(cache) == held.shape[2] == 3
 
 
-@pytest.mark.parametrize("name", ["overlap", "grover", "qisa"])
+CAUSAL = sorted(name for name, cls in ATTENTION.items() if not getattr(cls, "is_published", False))
+
+
+@pytest.mark.parametrize("name", ["overlap", "grover", "qisa", "gaussian"])
+@pytest.mark.parametrize("structured", [True, False])
 @pytest.mark.parametrize("case", ["triangle", "all", "padded", "positions", "last queries"])
-def test_blocks_of_rows_equal_weights(name, case, rng, monkeypatch):
+def test_blocks_of_rows_equal_weights(name, structured, case, rng, monkeypatch):
     """Values and gradients, however few weights are written out at a time."""
+    if structured and name not in ("grover", "qisa"):
+        pytest.skip("its rows have no structure")
     torch.manual_seed(1)
     layer = build_attention(name, 6, 2, 7, is_causal=case != "all").double()
     x = torch.randn(3, 7, 6, dtype=torch.float64, generator=rng).requires_grad_()
@@ -78,18 +86,49 @@ def test_blocks_of_rows_equal_weights(name, case, rng, monkeypatch):
 
     found = []
     for most in (2**24, 100):
-        monkeypatch.setattr(attention, "MAX_WEIGHTS", most)
-        monkeypatch.setattr(type(layer.score), "is_structured", False)
+        monkeypatch.setattr(attention, "MAX_WEIGHTS", {"cpu": most})
+        monkeypatch.setattr(attention, "is_fused", lambda device, dropout: False)
+        monkeypatch.setattr(type(layer.score), "is_structured", structured)
+        monkeypatch.setattr(type(layer.score), "is_sparing", False)
         out = run()
         found.append((out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))))
     for whole, blocked in zip(*found, strict=True):
         torch.testing.assert_close(blocked, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_blocks_of_rows_drop_the_same_weights_in_both_runs(rng, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_WEIGHTS", 50)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_matrix_of_weights(name, dropout, rng, monkeypatch):
+    """Nothing as large as the square of the tokens is made, forwards or backwards."""
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", {"cpu": 2**16})
+    monkeypatch.setattr(double_exponential, "BLOCK_ELEMENTS", {"cpu": 2**16})
+    monkeypatch.setattr(support, "SCORE_ELEMENTS", 2**16)
+    tokens = 700
+    layer = build_attention(name, 8, 1, tokens, dropout=dropout)
+    x = torch.randn(1, tokens, 8, generator=rng).requires_grad_()
+    with LargestTensor() as seen:
+        layer(x).square().sum().backward()
+    assert seen.numbers < tokens**2 / 2
+    assert x.grad.isfinite().all() and x.grad[0, 0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_4096_tokens_of_width_128(name, rng):
+    """With the package's own sizes of blocks."""
+    tokens = 4096
+    layer = build_attention(name, 128, 1, tokens)
+    x = torch.randn(1, tokens, 128, generator=rng).requires_grad_()
+    with LargestTensor() as seen:
+        layer(x).square().sum().backward()
+    assert seen.numbers < tokens**2 / 2
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["overlap", "classical"])
+def test_blocks_of_rows_drop_the_same_weights_in_both_runs(name, rng, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", {"cpu": 50})
     torch.manual_seed(1)
-    layer = build_attention("overlap", 4, 1, 9, dropout=0.5).double()
+    layer = build_attention(name, 4, 1, 9, dropout=0.5).double()
     x = torch.randn(1, 9, 4, dtype=torch.float64, generator=rng)
 
     def loss(x):

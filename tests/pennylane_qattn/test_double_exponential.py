@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 
 from pennylane_qattn import build_attention, double_exponential, kernels
 from pennylane_qattn.double_exponential import attend, keys_of, plain_attend, queries_of
@@ -92,22 +93,10 @@ def test_what_is_no_number_stays_so(rng):
 
 def test_no_matrix_of_weights(rng):
     """Of 2,048 tokens, none as large as the square is made, forwards or backwards."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    self.numbers = max(self.numbers, tensor.numel())
-            return out
-
     torch.manual_seed(0)
     attention = build_attention("qisa", 8, 1, 2048)
     x = torch.randn(1, 2048, 8, generator=rng).requires_grad_()
-    with Largest() as seen:
+    with LargestTensor() as seen:
         attention(x).square().sum().backward()
     assert seen.numbers <= 2**18
 

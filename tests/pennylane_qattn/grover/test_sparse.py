@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 
 from pennylane_qattn.grover import products
 from pennylane_qattn.grover import support as support_module
@@ -238,19 +238,6 @@ def test_later_tokens_change_nothing_earlier(order, method, rng):
         assert found.indices[:, :cut].equal(support.indices[:, :cut])
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers how large the largest strided tensor that anything made was."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and t.layout == torch.strided:
-                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
-        return out
-
-
 @FORMS
 @ORDERS
 def test_no_square_of_tokens_is_ever_made_forwards_or_backwards(is_causal, order, rng, monkeypatch):
@@ -267,7 +254,7 @@ def test_no_square_of_tokens_is_ever_made_forwards_or_backwards(is_causal, order
             shift = midrange_shift(scores, support)
             SparseAttention(scores, support, shift, order=order).attend(v).square().sum().backward()
     # n x d = n x 2k, and gathered keys would be n x k x d
-    assert seen.largest <= n * 2 * width and max(saved) <= n * width
+    assert seen.numbers <= n * 2 * width and max(saved) <= n * width
     assert sum(saved) <= 30 * n * width
     assert q.grad.abs().sum() > 0 and k.grad.abs().sum() > 0 and v.grad.abs().sum() > 0
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 
 from pennylane_qattn import Classical, Gaussian, GroverSparse, Overlap, ScaledDot, build_attention, certify
 from pennylane_qattn.grover.bounds import bound
@@ -106,19 +106,10 @@ def test_no_matrix_of_weights_is_made():
     torch.manual_seed(0)
     module = build_attention("grover-sparse", 8, 1, 1500, k=4)
 
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.layout == torch.strided:
-                Largest.size = max(Largest.size, out.untyped_storage().nbytes() // out.itemsize)
-            return out
-
     x = torch.randn(1, 1500, 8, requires_grad=True)
-    with Largest():
+    with LargestTensor() as seen:
         module(x).sum().backward()
-    assert 2**19 < Largest.size < 1500 * 1500 / 2  # a block of rows, to find the keys
+    assert 2**19 < seen.numbers < 1500 * 1500 / 2  # a block of rows, to find the keys
 
 
 def test_training_lowers_a_loss():
