@@ -23,7 +23,7 @@ from lightning_modules.executions import say
 from lightning_modules.report import print_comparison, write_report
 from lightning_modules.study import Study
 from lightning_modules.training_cli import check_writable
-from lightning_modules.variants import ABLATIONS, MATCHING
+from lightning_modules.variants import ABLATIONS, MATCHING, Matching
 
 
 def compare(argv: list[str]) -> None:
@@ -87,7 +87,7 @@ def _parser() -> Parser:
     )
     add("--twins", type=bool, default=False, help="add for each mechanism classical attention of as many parameters")
     matched = "what is changed first to make a twin: the size of its heads, or its width; mechanism: way for some alone"
-    add("--matched_by", type=Literal[MATCHING] | dict[str, Literal[MATCHING]], default=MATCHING[0], help=matched)
+    add("--matched_by", type=Matching | dict[str, Matching], default=MATCHING[0], help=matched)
     add("--ablations", type=list[str], default=[], help=f"add each mechanism without a part: {', '.join(ABLATIONS)}")
     add("--ablate", type=list[str] | None, default=None, help="the mechanisms to do so with; by default all of them")
     add("--fit", type=dict[str, Any] | str, default={}, help="options of `qattn fit` for all runs, or a config of it")

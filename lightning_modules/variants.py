@@ -11,7 +11,7 @@ anything quadratic would do as well. So each mechanism can be compared with
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -28,7 +28,8 @@ TOLERANCE = 0.02
 ALIKE = 0.01
 #: What is changed first to give a twin its number of parameters: the size of its heads, which leaves the rest of the
 #: model as it is, or its width, which makes better use of many more of them.
-MATCHING = ("head", "width")
+Matching = Literal["head", "width"]
+MATCHING: tuple[str, ...] = get_args(Matching)
 ROLES = ("mechanism", "twin", "ablation")
 
 
@@ -259,7 +260,7 @@ def matched_classical(config: GPTConfig, parameters: int, by: str = "head") -> t
 def twins_of(variants: list[Variant], config: GPTConfig, by: str | Mapping[str, str] = MATCHING[0]) -> list[Variant]:
     """The variants, and the classical twins of the mechanisms that are not among them.
 
-    They are matched by one of `MATCHING`, or each as `by` has it under the name of its mechanism, the rest by the first.
+    They are matched by one of `MATCHING`, or each as `by` has it under its mechanism's name, the rest by the first.
     An ablation shares the twin of its mechanism where that has as many parameters as it has, too.
     """
     result = {variant.name: variant for variant in variants}

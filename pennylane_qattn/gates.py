@@ -8,12 +8,13 @@ nothing is differentiated through them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pennylane as qml
 import torch
 
+from pennylane_qattn.ansatz import Ansatz
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.encoding import Encoding
 
@@ -56,7 +57,7 @@ def ansatz_operations(circuit: Circuit, weights: Any) -> list[qml.operation.Oper
     if tuple(weights.shape) != tuple(circuit.weight_shape):
         raise ValueError(f"the ansatz takes angles of shape {circuit.weight_shape}; got {tuple(weights.shape)}")
     with qml.queuing.AnnotatedQueue() as queue:
-        circuit.ansatz(weights, list(range(circuit.num_wires)))
+        cast(Ansatz, circuit.ansatz)(weights, list(range(circuit.num_wires)))
     return decomposed(qml.tape.QuantumScript.from_queue(queue).operations)
 
 
