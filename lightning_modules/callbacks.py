@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -98,7 +98,7 @@ class RandomState(Callback):
 
 def random_state() -> dict[str, Any]:
     """The states of all global random generators, as plain data and tensors."""
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())
     state = {
         "python": random.getstate(),
         "numpy": (keys.tolist(), position, has_gauss, cached),

@@ -283,7 +283,7 @@ def _gate_rows(row: Any, title: str, counts: Sequence[GateCounts]) -> None:
 def _steps(group: CircuitGroup, method: str, tokens: int, directions: int) -> str:
     options = {"num_directions": directions} if method == "spsa" else {}
     found = [group.training(method, tokens, options=options, **MODES[mode]) for mode in ("exact", "sampling")]
-    return " / ".join(_number(each and each.total) for each in found)
+    return " / ".join(_number(each.total if each else None) for each in found)
 
 
 def _polarisation(group: CircuitGroup, tokens: int) -> str:
@@ -291,7 +291,7 @@ def _polarisation(group: CircuitGroup, tokens: int) -> str:
         return "-"
     modes = ("exact_without_states", "sampling")
     found = [group.training("parameter-shift", tokens, **MODES[mode]) for mode in modes]
-    return " / ".join(_number(each and each.inputs) for each in found)
+    return " / ".join(_number(each.inputs if each else None) for each in found)
 
 
 def _number(value: int | None) -> str:

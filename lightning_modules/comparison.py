@@ -134,7 +134,7 @@ class Entry:
         if other is None or other is self:
             return []
         runs = [(other.runs[seed], row) for seed, row in self.runs.items() if seed in other.runs]
-        pairs = [tuple(as_number(row.get("cross_entropy")) for row in pair) for pair in runs]
+        pairs = [(as_number(a.get("cross_entropy")), as_number(b.get("cross_entropy"))) for a, b in runs]
         return [pair for pair in pairs if all(map(math.isfinite, pair))]
 
     def gain(self, reference: str) -> Difference | None:

@@ -6,10 +6,11 @@ Each has one panel for every corpus and size. What leaks is drawn in a colour of
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -67,8 +68,7 @@ def _panels(groups: Sequence[Group], width: float, height: float, x: str, y: str
     """Empty axes, one for each group, with their titles if there are several."""
     columns = _across(len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     panels = []
     for number, group in enumerate(groups, 1):
         axes = _axes(figure, x, y if number % columns == 1 or columns == 1 else "", (rows, columns, number))
@@ -127,7 +127,7 @@ def gain_figure(groups: Sequence[Group]) -> Figure | None:
         _name_lines(axes, list(lines.values()) if number % columns == 0 else [])
         axes.set_ylim(max(places.values()) + 0.6, -0.6)
     shown = [gain for of_group in gains.values() for gain in of_group.values()]
-    keys = [
+    keys: list[tuple[str, dict[str, Any], bool]] = [
         ("mechanism", {"color": SERIES[0], "marker": "o", "markersize": 6.5}, any(g.is_mechanism for g in shown)),
         ("ablation", {"color": ABLATION, "marker": "D", "markersize": 5}, any(not g.is_mechanism for g in shown)),
         ("95 % interval", {"color": INK, "linewidth": 1.8}, any(g.percent.has_interval for g in shown)),
@@ -233,7 +233,8 @@ def position_figure(groups: Sequence[Group]) -> Figure | None:
     Solid with the window before the model, dashed with the past alone where that differs: what a model that sees the
     future knows at the last position, where there is none, and when it writes.
     """
-    styles, keys = looks(groups), {}
+    styles = looks(groups)
+    keys: dict[str, dict[str, Any]] = {}
     dashed = {"linestyle": (0, (3.5, 2)), "linewidth": 1.6, "marker": None}
     figure, panels = _panels(groups, 4.9, 3.4, "position in the window", "cross-entropy (nats per token)")
     for axes, group in zip(panels, groups, strict=True):

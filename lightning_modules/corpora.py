@@ -224,9 +224,13 @@ def _download(url: str, expected_bytes: int) -> bytes:
     return bytes(data)
 
 
+def _source(name: str) -> Callable[[Path | None, bool], Corpus]:
+    return lambda data_dir, download: _drawn(name, "")
+
+
 #: Loaders by name, of a folder for data and whether to download.
 CORPORA: dict[str, Callable[[Path | None, bool], Corpus]] = {
     "pydoc": _pydoc,
     "shakespeare": _shakespeare,
-    **{name: lambda data_dir, download, name=name: _drawn(name, "") for name in SOURCES},
+    **{name: _source(name) for name in SOURCES},
 }

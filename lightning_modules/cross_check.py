@@ -9,12 +9,12 @@ import copy
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.checkpoints import resolve
 from lightning_modules.cli import COMMANDS, FAILURE, Parser
@@ -236,7 +236,7 @@ def _gradient(model: LanguageModel, execution: Execution, window: Batch) -> tupl
     found = [
         torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for part in with_circuits(model.gpt)
-        for parameter in part.parameters(recurse=False)
+        for parameter in cast(nn.Module, part).parameters(recurse=False)
     ]
     angles = torch.cat([gradient.flatten() for gradient in found]) if found else torch.zeros(0)
     return angles, model.gpt.token_embedding.weight.grad

@@ -168,8 +168,9 @@ def print_sections(sections: Sequence[Section], console: Console) -> None:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for column in section.columns:
             longest = max((len(column.cell(row)) for row in section.rows), default=0)
-            justify = "left" if column.form is TEXT else "right"
-            table.add_column(column.heading, justify=justify, min_width=min(longest, 30))
+            table.add_column(
+                column.heading, justify="left" if column.form is TEXT else "right", min_width=min(longest, 30)
+            )
         for row in section.rows:
             table.add_row(*(escape(column.cell(row)) for column in section.columns))
         console.print(table)

@@ -72,9 +72,9 @@ def query_counts(num_keys: Sequence[int], num_marked: Sequence[int], repeats: in
 
 def scaling(rows: Table) -> dict[str, Any]:
     """Exponents and constants of a table of `query_counts`, of the calls up to the last key found."""
-    columns = [[row[name] for row in rows] for name in ("n", "k")]
+    num_keys, num_marked = ([row[name] for row in rows] for name in ("n", "k"))
     return {
-        name: dataclasses.asdict(fit_scaling(*columns, [row[name] for row in rows]))
+        name: dataclasses.asdict(fit_scaling(num_keys, num_marked, [row[name] for row in rows]))
         for name in ("to_last_key", "number_known")
     }
 

@@ -2,7 +2,7 @@
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pennylane as qml
 import torch
@@ -16,6 +16,7 @@ from lightning_modules.gpt import GPT
 from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import Attention, Circuit, CircuitFeatureMap, StateFeatureMap
 from pennylane_qattn.causality import certify
+from pennylane_qattn.encoding import Encoding
 from pennylane_qattn.execution import RunsCircuits
 from pennylane_qattn.features import circuit_within
 from pennylane_qattn.gates import EncodingBox, ansatz_operations, encoding_operations
@@ -172,7 +173,7 @@ def circuit_tape(shown: HeadCircuit, inputs: Tensor | None = None, gates: bool =
         vector = torch.ones(circuit.num_features) if inputs is None else inputs
         encoding = encoding_operations(circuit, vector)
     else:
-        encoding = [EncodingBox(circuit.encoding, range(circuit.num_wires))]
+        encoding = [EncodingBox(cast(Encoding, circuit.encoding), range(circuit.num_wires))]
     words = dict.fromkeys(circuit.words) if shown.measures_words else ()
     measured = [qml.expval(to_pennylane(word, range(circuit.num_wires))) for word in words]
     return QuantumScript([*encoding, *ansatz_operations(circuit, shown.weights)], measured)

@@ -36,7 +36,7 @@ def labelling(label: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        error.label = label()
+        error.label = label()  # type: ignore[attr-defined]  # an attribute of ours
         raise
     finally:
         _labels.pop()

@@ -32,6 +32,9 @@ class _Rows(ExperimentWriter):
         resume_step: rows of earlier steps stay; `None`: none do.
     """
 
+    metrics: list[dict[str, Any]]
+    metrics_keys: list[str]
+
     def __init__(self, log_dir: str, name: str, resume_step: int | None):
         self.NAME_METRICS_FILE = name
         self.resume_step = -1 if resume_step is None else resume_step
@@ -107,6 +110,8 @@ class RunCSVLogger(CSVLogger):
         folder: the folder of the run.
         resume_step: the step at which the run is continued; `None`: it is a new one.
     """
+
+    _experiment: ExperimentWriter | None
 
     def __init__(self, folder: str | Path, resume_step: int | None = None):
         folder = Path(folder)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -73,7 +74,9 @@ class Row:
     def from_csv(cls, text: dict[str, str]) -> Self:
         """The inverse of `to_csv`, of strings."""
         whole = ("shots", "repetition", "seed", "executions")
-        values = {name: int(v) if name in whole else float(v) for name, v in text.items() if v and name != "kind"}
+        values: dict[str, Any] = {
+            name: int(v) if name in whole else float(v) for name, v in text.items() if v and name != "kind"
+        }
         return cls(kind=text["kind"], **values)
 
 
@@ -187,8 +190,8 @@ def fit_bias(points: Sequence[Point]) -> Fit | None:
     scale = unit ** np.arange(3)
     values = np.pad(found, (0, 2 - order)) * scale
     deviations = np.pad(np.sqrt(np.diag(inverse)), (0, 2 - order)) * scale
-    coefficients = [float(x) for pair in zip(values, deviations, strict=True) for x in pair]
-    return Fit(*coefficients, float(residuals @ residuals), len(points) - order - 1)
+    (a, b, c), (error_a, error_b, error_c) = values.tolist(), deviations.tolist()
+    return Fit(a, error_a, b, error_b, c, error_c, float(residuals @ residuals), len(points) - order - 1)
 
 
 @dataclass(frozen=True)
@@ -315,8 +318,7 @@ def sweep_figure(summary: Summary) -> Figure:
     panels += [_draw_noise] if noisy else []
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.7 * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(5.2 * columns, 3.7 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     for number, draw in enumerate(panels, 1):
         draw(figure, (rows, columns, number), summary)
     if summary.label:

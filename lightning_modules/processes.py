@@ -7,7 +7,7 @@ alone ends all of them: the others notice that it is gone.
 import re
 import signal
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -18,11 +18,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 _GONE = re.compile(r"gloo|nccl|closed by peer|reset by peer|broken pipe", re.IGNORECASE)
 
 
+_Error = TypeVar("_Error", bound=BaseException)
+
+
 class LostProcessError(RuntimeError):
     """Another process of the run has ended."""
 
 
-def of_all_processes(error: BaseException) -> BaseException:
+def of_all_processes(error: _Error) -> _Error:
     """The error, marked as one that every process of the run raises at the same point."""
     error.of_all_processes = True  # type: ignore[attr-defined]
     return error

@@ -259,7 +259,10 @@ class BPETokenizer(Tokenizer):
         return self._tokenizer.to_str()
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {cls.name: cls for cls in (CharTokenizer, BPETokenizer)}
+TOKENIZERS: dict[str, type[CharTokenizer] | type[BPETokenizer]] = {
+    CharTokenizer.name: CharTokenizer,
+    BPETokenizer.name: BPETokenizer,
+}
 
 
 def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:

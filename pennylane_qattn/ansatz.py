@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pennylane as qml
 from jaxtyping import Float
@@ -155,15 +155,19 @@ class FunctionAnsatz(Ansatz):
             if size != "wires" and not (isinstance(size, int) and size > 0):
                 raise ValueError(f"weight_shape takes positive integers and 'wires'; got {self.weight_shape!r}")
 
+    @property
+    def _called(self) -> Callable[[Any, Any], Any]:
+        return cast(Callable, self.function)  # no import path once it is built
+
     def shape(self, num_wires: int) -> tuple[int, ...]:
-        return tuple(num_wires if size == "wires" else size for size in self.weight_shape)
+        return tuple(size if isinstance(size, int) else num_wires for size in self.weight_shape)
 
     def __call__(self, weights: Float[Tensor, "..."], wires: Sequence[int]) -> None:
-        self.function(weights, wires)
+        self._called(weights, wires)
 
     @property
     def label(self) -> str:
-        return _import_path(self.function)
+        return _import_path(self._called)
 
     def program(self, num_wires: int) -> Program:
         if num_wires not in self._programs:
@@ -173,8 +177,8 @@ class FunctionAnsatz(Ansatz):
     def to_plain(self) -> dict[str, Any]:
         """The form `TracedAnsatz` reads: where the function came from, and the programs traced so far."""
         return TracedAnsatz(
-            origin=_import_path(self.function),
-            source_sha256=_source_hash(self.function),
+            origin=_import_path(self._called),
+            source_sha256=_source_hash(self._called),
             programs=tuple(self._programs[n].to_plain() for n in sorted(self._programs)),
         ).to_plain()
 
@@ -194,6 +198,7 @@ class TracedAnsatz(Ansatz):
     origin: str
     source_sha256: str
     programs: tuple[dict, ...]
+    _read: dict[int, Program] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "programs", tuple(self.programs))

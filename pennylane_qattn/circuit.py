@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pennylane as qml
 import torch
@@ -49,7 +49,7 @@ class Circuit:
         """Queues encoding, ansatz and measurements: the body of the QNode."""
         wires = range(self.num_wires)
         self.encoding.prepare(inputs, wires)
-        self.ansatz(weights, list(wires))
+        cast(Ansatz, self.ansatz)(weights, list(wires))
         return [qml.expval(to_pennylane(word, wires)) for word in self.words]
 
     def qnode(self, device: Any = "default.qubit", **options: Any) -> Callable[..., Any]:

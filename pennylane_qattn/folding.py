@@ -16,7 +16,7 @@ groups stand in one real matrix, so a batch of tokens costs two matrix products 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ class _Dense:
 
 
 _Step = _Local | _Monomial | _Dense
+_Kind = TypeVar("_Kind", _Local, _Monomial)
 
 
 def fuse(program: Program) -> list[_Step]:
@@ -84,10 +85,10 @@ def fuse(program: Program) -> list[_Step]:
         blocking = max((i for i, step in enumerate(steps) if step.wires & wires), default=-1)
         if len(wires) == 1:
             (wire,) = wires
-            home = _earliest(steps, blocking, _Local)
-            if home is None:
-                steps.append(home := _Local())
-            home.chains[wire].append(gate)
+            local = _earliest(steps, blocking, _Local)
+            if local is None:
+                steps.append(local := _Local())
+            local.chains[wire].append(gate)
         elif gate.angle is None and _is_monomial(gate.constant):
             source, phases = _embed_monomial(gate, program.num_wires)
             home = _earliest(steps, blocking, _Monomial)
@@ -103,7 +104,7 @@ def fuse(program: Program) -> list[_Step]:
     return steps
 
 
-def _earliest(steps: list[_Step], blocking: int, kind: type) -> _Step | None:
+def _earliest(steps: list[_Step], blocking: int, kind: type[_Kind]) -> _Kind | None:
     """The earliest step of a kind that a gate may join, `blocking` being the last step on its wires."""
     return next((step for step in steps[max(blocking, 0) :] if isinstance(step, kind)), None)
 

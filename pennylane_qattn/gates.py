@@ -7,13 +7,15 @@ signs, so that no RZ is needed, and in that every gate is kept whatever its angl
 nothing is differentiated through them.
 """
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pennylane as qml
 import torch
 
+from pennylane_qattn.ansatz import Ansatz
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.encoding import Encoding
 
@@ -56,7 +58,7 @@ def ansatz_operations(circuit: Circuit, weights: Any) -> list[qml.operation.Oper
     if tuple(weights.shape) != tuple(circuit.weight_shape):
         raise ValueError(f"the ansatz takes angles of shape {circuit.weight_shape}; got {tuple(weights.shape)}")
     with qml.queuing.AnnotatedQueue() as queue:
-        circuit.ansatz(weights, list(range(circuit.num_wires)))
+        cast(Ansatz, circuit.ansatz)(weights, list(range(circuit.num_wires)))
     return decomposed(qml.tape.QuantumScript.from_queue(queue).operations)
 
 
@@ -67,7 +69,9 @@ def decomposed(operations: Sequence[qml.operation.Operator]) -> list[qml.operati
         ValueError: if one of them cannot be decomposed.
     """
     tape = qml.tape.QuantumScript(operations)
-    (tape,), _ = qml.transforms.decompose(tape, gate_set=GATE_SET | _NOTHING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Operator .* does not define a decomposition")  # it is refused below
+        (tape,), _ = qml.transforms.decompose(tape, gate_set=GATE_SET | _NOTHING)
     (tape,), _ = qml.transforms.convert_to_numpy_parameters(tape)
     gates = [gate for gate in tape.operations if gate.name not in _NOTHING]
     for gate in gates:

@@ -138,8 +138,8 @@ def first_to_change(
     for a, b, c in zip(one, other, paired, strict=False):
         if a.path != b.path:
             break
-        begins = moved(a.outputs, b.outputs, c and c.outputs, False)
-        if begins and not moved(a.inputs, b.inputs, c and c.inputs, True):
+        begins = moved(a.outputs, b.outputs, c.outputs if c else None, False)
+        if begins and not moved(a.inputs, b.inputs, c.inputs if c else None, True):
             return a.path
     return ""
 
@@ -167,8 +167,8 @@ def first_to_depend(
 
     paired = shapes if _alike(steps, shapes) else [None] * len(steps)
     for step, other in zip(steps, paired, strict=True):
-        begins = any_of(step.outputs, other and other.outputs, False)
-        if begins and not any_of(step.inputs, other and other.inputs, True):
+        begins = any_of(step.outputs, other.outputs if other else None, False)
+        if begins and not any_of(step.inputs, other.inputs if other else None, True):
             return step.path
     return ""
 

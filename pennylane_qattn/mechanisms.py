@@ -152,7 +152,7 @@ class CircuitMechanism(Mechanism, ABC):
         num_heads: int,
         observables: int,
         seed: tuple,
-        kind: type[FeatureMap] = CircuitFeatureMap,
+        kind: Callable[..., FeatureMap] = CircuitFeatureMap,
         **options: Any,
     ) -> FeatureMap:
         """One circuit feature map, or one of another kind, with this mechanism's ansatz and encoding."""
@@ -195,7 +195,8 @@ class FreeValues(CircuitMechanism, ABC):
 
     def linear_queries(self, embed_dim: int, num_heads: int, features: int) -> tuple[FeatureMap, FeatureMap]:
         """Linear query and key maps."""
-        return tuple(LinearFeatureMap(embed_dim, num_heads, features, self.bias) for _ in range(2))
+        q, k = (LinearFeatureMap(embed_dim, num_heads, features, self.bias) for _ in range(2))
+        return q, k
 
     def value_map(self, embed_dim: int, num_heads: int, head_dim: int, seed: tuple) -> FeatureMap:
         """The chosen value map, on `span` tokens joined."""
@@ -231,22 +232,32 @@ RANKED = ("learned-quadratic", "rectified")
 #: - `mixed-circuit`, `linear` and `circuit` added, each with a learned weight: `dh + 3n + 2`;
 #: - `mixed-quadratic`, `linear` and `quadratic` likewise: `dh + d^2 + 2`.
 VALUES: dict[str, Values] = {
-    "linear": Values(lambda m, *sizes, seed: LinearFeatureMap(*sizes, m.bias)),
-    "circuit": Values(lambda m, *sizes, seed: m.circuit(*sizes, seed), has_circuit=True),
-    "quadratic": Values(lambda m, *sizes, seed: QuadraticFeatureMap(*sizes, m.split, seed=seed)),
-    "random-quadratic": Values(lambda m, *sizes, seed: RandomQuadraticFeatureMap(*sizes, m.split, seed=seed)),
-    "random-absorbed": Values(lambda m, *sizes, seed: RandomAbsorbedFeatureMap(*sizes, m.split, seed=seed)),
-    "learned-quadratic": Values(lambda m, *sizes, seed: LearnedQuadraticFeatureMap(*sizes, m.split, m.rank)),
-    "rectified": Values(lambda m, *sizes, seed: RectifiedFeatureMap(*sizes, m.split, m.rank)),
+    "linear": Values(lambda m, d, heads, width, seed: LinearFeatureMap(d, heads, width, m.bias)),
+    "circuit": Values(lambda m, d, heads, width, seed: m.circuit(d, heads, width, seed), has_circuit=True),
+    "quadratic": Values(lambda m, d, heads, width, seed: QuadraticFeatureMap(d, heads, width, m.split, seed=seed)),
+    "random-quadratic": Values(
+        lambda m, d, heads, width, seed: RandomQuadraticFeatureMap(d, heads, width, m.split, seed=seed)
+    ),
+    "random-absorbed": Values(
+        lambda m, d, heads, width, seed: RandomAbsorbedFeatureMap(d, heads, width, m.split, seed=seed)
+    ),
+    "learned-quadratic": Values(
+        lambda m, d, heads, width, seed: LearnedQuadraticFeatureMap(d, heads, width, m.split, m.rank)
+    ),
+    "rectified": Values(lambda m, d, heads, width, seed: RectifiedFeatureMap(d, heads, width, m.split, m.rank)),
     "learned-circuit": Values(
-        lambda m, *sizes, seed: m.circuit(*sizes, seed, LearnedCircuitFeatureMap), has_circuit=True
+        lambda m, d, heads, width, seed: m.circuit(d, heads, width, seed, LearnedCircuitFeatureMap), has_circuit=True
     ),
     "reuploaded-circuit": Values(
-        lambda m, *sizes, seed: m.circuit(*sizes, seed, ReuploadedFeatureMap), has_circuit=True
+        lambda m, d, heads, width, seed: m.circuit(d, heads, width, seed, ReuploadedFeatureMap), has_circuit=True
     ),
-    "mixed-circuit": Values(lambda m, *sizes, seed: MixedFeatureMap(m.circuit(*sizes, seed), m.bias), has_circuit=True),
+    "mixed-circuit": Values(
+        lambda m, d, heads, width, seed: MixedFeatureMap(m.circuit(d, heads, width, seed), m.bias), has_circuit=True
+    ),
     "mixed-quadratic": Values(
-        lambda m, *sizes, seed: MixedFeatureMap(QuadraticFeatureMap(*sizes, m.split, seed=seed), m.bias)
+        lambda m, d, heads, width, seed: MixedFeatureMap(
+            QuadraticFeatureMap(d, heads, width, m.split, seed=seed), m.bias
+        )
     ),
 }
 

@@ -64,7 +64,8 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         with torch.autocast(upstream.device.type, enabled=False):
-            return _Blocked._gradients(*ctx.saved_tensors, upstream, ctx.needs_input_grad[1])
+            a, rows, signs = ctx.saved_tensors
+            return _Blocked._gradients(a, rows, signs, upstream, ctx.needs_input_grad[1])
 
     @staticmethod
     def _gradients(a: Tensor, rows: Tensor, signs: Tensor, upstream: Tensor, rows_wanted: bool):

@@ -25,7 +25,7 @@ class Description:
 
     def to_plain(self) -> dict[str, Any]:
         """This description as plain data: `{"kind": ..., "name": ..., option: value, ...}`."""
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {"kind": self.registry.kind, "name": self.name, **{k: _plain(v) for k, v in options.items()}}
 
     @classmethod

@@ -226,7 +226,8 @@ class OverlapScore(Score):
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
         return q if self.complex_states else F.normalize(_at_least_float32(q), dim=-1)
 
-    keys = queries
+    def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+        return self.queries(k)
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]

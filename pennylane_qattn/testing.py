@@ -38,7 +38,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pennylane as qml
@@ -47,6 +47,7 @@ from jaxtyping import Float
 from pennylane.tape import QuantumScript
 from torch import Tensor, nn
 
+from pennylane_qattn.ansatz import Ansatz
 from pennylane_qattn.causality import certify
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.devices import LOCAL_SIMULATORS, Runner, installed_devices
@@ -143,7 +144,7 @@ class Comparisons:
 
     def __str__(self) -> str:
         titles = ("device", "method", "encoding", *COMPARED, "executions")
-        lines = [titles]
+        lines: list[tuple[str, ...]] = [titles]
         for row in self.rows:
             if row.outcome == "skipped":
                 found = (f"skipped: {'; '.join(row.reasons)}",)
@@ -454,8 +455,8 @@ def _run(
     executor: Executor, inputs: Tensor, weights: Tensor, cotangent: Tensor, for_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values `(inputs, words)`, and gradients by inputs and angles, of one circuit."""
-    found = _run_heads(executor, inputs[None], weights[None], cotangent[None], for_states)
-    return tuple(each[0] for each in found)
+    values, by_inputs, by_weights = _run_heads(executor, inputs[None], weights[None], cotangent[None], for_states)
+    return values[0], by_inputs[0], by_weights[0]
 
 
 def _run_heads(
@@ -465,8 +466,8 @@ def _run_heads(
     with torch.enable_grad():
         values = _call(executor, inputs, weights, for_states)
         total = (values * cotangent).sum()
-        gradients = torch.autograd.grad(total, (inputs, weights), materialize_grads=True)
-    return values.detach(), *gradients
+        by_inputs, by_weights = torch.autograd.grad(total, (inputs, weights), materialize_grads=True)
+    return values.detach(), by_inputs, by_weights
 
 
 # --- folded and plain PennyLane ---------------------------------------------------------------------------------
@@ -519,7 +520,7 @@ def assert_fold_matches(
         lines = [f"{ansatz}, {circuit.encoding.name} encoding: {line}" for line in wrong]
         raise AssertionError("\n".join(["the folded circuit differs from PennyLane's QNode:", *lines]))
 
-    stored = replace(circuit, ansatz=from_plain(json.loads(json.dumps(circuit.ansatz.to_plain()))))
+    stored = replace(circuit, ansatz=cast(Ansatz, from_plain(json.loads(json.dumps(circuit.ansatz.to_plain())))))
     with torch.no_grad():
         read = {
             "folded": FoldedExecutor([stored]).expectations(case.inputs[None], case.weights[None])[0],
@@ -541,8 +542,8 @@ def _plain_values(circuit: Circuit, inputs: Tensor, weights: Tensor) -> Tensor:
 def _plain_run(circuit: Circuit, inputs: Tensor, weights: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inputs, weights = (t.detach().clone().requires_grad_() for t in (inputs, weights))
     values = _plain_values(circuit, inputs, weights)
-    gradients = torch.autograd.grad((values * cotangent).sum(), (inputs, weights), materialize_grads=True)
-    return values.detach(), *gradients
+    by_inputs, by_weights = torch.autograd.grad((values * cotangent).sum(), (inputs, weights), materialize_grads=True)
+    return values.detach(), by_inputs, by_weights
 
 
 def _plain_states(circuit: Circuit, inputs: Tensor, weights: Tensor) -> Tensor:
@@ -551,7 +552,7 @@ def _plain_states(circuit: Circuit, inputs: Tensor, weights: Tensor) -> Tensor:
     @qml.qnode(qml.device("default.qubit", wires=circuit.num_wires), interface="torch", diff_method="backprop")
     def states(inputs: Tensor, weights: Tensor):
         circuit.encoding.prepare(inputs, wires)
-        circuit.ansatz(weights, list(wires))
+        cast(Ansatz, circuit.ansatz)(weights, list(wires))
         return qml.state()
 
     return states(inputs, weights).reshape(len(inputs), -1)

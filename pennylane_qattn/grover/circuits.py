@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import pennylane as qml
@@ -273,10 +274,9 @@ class RowExecutor(Executor):
         key = (num_keys, iterations)
         if key not in self._executors:
             circuit = row_circuit(num_keys, self._of(iterations), self._joint)
-            made = make_executor(
-                [circuit], replace(self.execution, executor="qnode"), self._index, meter=meter or self.meter
-            )
-            self._executors[key] = made
+            execution = replace(self.execution, executor="qnode")
+            made = make_executor([circuit], execution, self._index, meter=meter or self.meter)
+            self._executors[key] = cast(QNodeExecutor, made)
         return self._executors[key]
 
     def probabilities(

@@ -160,7 +160,8 @@ def search_extremes(
         certified &= right
     fields = ("iterations", "verifications", "samples", "calls_to_last")
     both = QueryCounts(*(getattr(counts[0], name) + getattr(counts[1], name) for name in fields))
-    return Extremes(*ends, both, error, certified)
+    low, high = ends
+    return Extremes(low, high, both, error, certified)
 
 
 def _climb(

@@ -166,7 +166,7 @@ class AmplificationScore(ScaledDotScore):
     # --- the distribution ---------------------------------------------------------------------------------------
 
     @property
-    def is_structured(self) -> bool:
+    def is_structured(self) -> bool:  # type: ignore[override]  # nobody assigns to it
         """The weighted sums follow from those of the marks alone, so no weights need be written out."""
         own_threshold = self.threshold == "quantile" or self.iterations == "quarter"
         plain = self.marks == "sigmoid" and self.oracle == "amplitude" and not own_threshold
@@ -241,13 +241,20 @@ class AmplificationScore(ScaledDotScore):
         f = closed_form.sigmoid_marks(scores, tau, self.temperature.to(scores.dtype)[:, None, None])
         return f if visible is None else f * visible
 
+    @property
+    def _fixed_iterations(self) -> int:
+        """The same for all rows; 0 where each row has its own."""
+        if isinstance(self.iterations, int):
+            return self.iterations
+        return {"quarter": 1, "fixed-point": (self.length - 1) // 2}.get(self.iterations, 0)
+
     def _iterations(self, mean: Tensor, num_keys: Tensor, keys: int) -> tuple[Tensor, int, Tensor]:
         """For each row how many, for all rows the most, and which rows a rule would have turned upside down."""
         never = torch.zeros_like(mean, dtype=torch.bool)
         if self.iterations == "per-row":
             rounds = closed_form.grover_iterations(mean * num_keys, num_keys.expand_as(mean), self.least_marked)
             return rounds, closed_form.most_iterations(keys), never
-        fixed = {"quarter": 1, "fixed-point": (self.length - 1) // 2}.get(self.iterations, self.iterations)
+        fixed = self._fixed_iterations
         rounds = torch.full_like(mean, fixed).long()
         if isinstance(self.iterations, int) or self.oracle == "phase":
             return rounds, fixed, never  # what was asked for, as it is
@@ -284,12 +291,8 @@ class AmplificationScore(ScaledDotScore):
 
     def make_executor(self, execution: Execution | str, index: int, meter: Meter | None) -> RowExecutor:
         """What runs the rows that way; `index` sets the shots of several layers apart, and `meter` counts for all."""
-        fixed = {"quarter": 1, "fixed-point": (self.length - 1) // 2}.get(self.iterations, self.iterations)
-        encoding = Amplification(
-            fixed if isinstance(fixed, int) else 0,
-            self.oracle,
-            self.delta if self.iterations == "fixed-point" else None,
-        )
+        delta = self.delta if self.iterations == "fixed-point" else None
+        encoding = Amplification(self._fixed_iterations, self.oracle, delta)
         return RowExecutor(encoding, self.conditional, self.longest_row, execution, index, meter)
 
     def set_execution(self, execution: Execution | str, index: int = 0, meter: Meter | None = None) -> None:
@@ -401,11 +404,11 @@ def check_options(**options: Any) -> None:
         raise ValueError(f"iterations must be one of {', '.join(RULES)}, or a number of them; got {rule!r}")
     if is_number and rule < 0:
         raise ValueError(f"the number of iterations must not be negative; got {rule}")
-    if not isinstance(options["tau"], Real) or not math.isfinite(options["tau"]):
+    if not _is_real(options["tau"]) or not math.isfinite(options["tau"]):
         raise ValueError(f"tau must be a finite number; got {options['tau']!r}")
-    if not isinstance(options["quantile"], Real) or not 0 < options["quantile"] <= 1:
+    if not _is_real(options["quantile"]) or not 0 < options["quantile"] <= 1:
         raise ValueError(f"quantile must lie in (0, 1]; got {options['quantile']!r}")
-    if not isinstance(options["least_marked"], Real) or not 0 <= options["least_marked"] <= 1:
+    if not _is_real(options["least_marked"]) or not 0 <= options["least_marked"] <= 1:
         raise ValueError(f"least_marked must lie in [0, 1]; got {options['least_marked']!r}")
     _check_temperature(options["start_temperature"])
     closed_form.fixed_point_phases(options["length"], options["delta"])
@@ -417,6 +420,10 @@ def check_options(**options: Any) -> None:
         raise ValueError("the quarter rule sets a threshold, and marks softmax have none; use another rule for it")
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real)  # in a function of its own: mypy does not know that a Real can be compared
+
+
 def _check_temperature(temperature: Any) -> None:
-    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+    if not _is_real(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"the temperature must be positive and finite; got {temperature!r}")

@@ -312,6 +312,11 @@ def excess_of(losses, optimal, sizes=None):
     return {name: value.tolist() for name, value in metric.compute().items()}
 
 
+def test_excess_of_no_windows():
+    with pytest.raises(ValueError, match=r"no windows to compute the excess of; call update\(losses, optimal\) first"):
+        excess_of(torch.zeros(0, 3), torch.zeros(0, 3), sizes=1)
+
+
 def test_excess_by_hand():
     losses = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.5, 0.5]])
     optimal = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 2.0]])

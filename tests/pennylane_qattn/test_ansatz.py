@@ -129,9 +129,14 @@ def elsewhere(weights, wires):
     qml.RX(weights[0], wires=17)
 
 
+def more_angles(weights, wires):
+    qml.RX(weights[1], wires=wires[0])
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (more_angles, "cannot be run on weights of shape (1,): index 1 is out of bounds"),
         (branch, "must not depend on the values of the angles"),
         (item, "must not depend on the values of the angles"),
         (numpy_angle, "in a way that torch does not see"),

@@ -282,3 +282,13 @@ def test_a_large_model_is_counted_quickly():
     found = circuit_resources(circuit)
     assert found.decomposed.by_name == {"CNOT": 1022 + 10, "RX": 10, "RY": 1023 + 20}
     assert circuit_resources(Circuit(768, ("X" * 10,))).decomposed is found.decomposed, "counted once"
+
+
+def block(weights, wires):
+    qml.BlockEncode(np.array([[0.1, 0.2], [0.3, 0.4]]), wires=wires[:2])
+
+
+def test_a_gate_without_a_decomposition_is_refused_by_name():
+    circuit = Circuit(4, ("ZI",), ansatz=FunctionAnsatz(block, (1,)))
+    with pytest.raises(ValueError, match="^BlockEncode cannot be decomposed to Adjoint.*; write it with those$"):
+        circuit_resources(circuit)
