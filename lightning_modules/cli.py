@@ -385,11 +385,11 @@ def _prompts_of(file: str | None) -> Iterator[str]:
         return
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file!r} is not UTF-8; convert the file") from None
-    for line in text.splitlines():
-        if line:
-            yield line
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise ValueError(f"{file!r} is not UTF-8: {byte}; convert the file") from None
+    # Not `splitlines`, which also cuts at form feeds, at U+2028 and others.
+    yield from filter(None, re.split(r"\r\n|\r|\n", text))
 
 
 def _device(name: str):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lightning_modules.cli import COMMANDS, Parser
 from lightning_modules.comparison_report import print_summary, write_comparison
-from lightning_modules.files import atomic_write
+from lightning_modules.files import atomic_write, locked
 
 ROW, TUNING, TIMES, DESCRIPTION = "row.json", "tuning.json", "timing.json", "comparison.json"
 
@@ -93,16 +93,17 @@ def merge(argv: list[str]) -> None:
             found[run] = next(iter(rows.values()))
     if not found:
         raise ValueError("there are no rows yet in these folders; let qattn compare finish a run first")
-    write_description(output, title, notes, runs)
-    for run, row in found.items():
-        write_json(output / run / ROW, row)
-    for part in parts:
-        for path in (path for name in (TUNING, TIMES) for path in sorted(part.rglob(name)) if part != output):
-            write_json(output / path.relative_to(part), read_json(path))
-    found = list(found.values())
-    timings = read_timings(output, found)
-    print_summary(found, timings, Console(width=None if sys.stdout.isatty() else 100))
-    path = write_comparison(output, found, timings, title, notes)
+    with locked(output):
+        write_description(output, title, notes, runs)
+        for run, row in found.items():
+            write_json(output / run / ROW, row)
+        for part in parts:
+            for path in (path for name in (TUNING, TIMES) for path in sorted(part.rglob(name)) if part != output):
+                write_json(output / path.relative_to(part), read_json(path))
+        found = list(found.values())
+        timings = read_timings(output, found)
+        print_summary(found, timings, Console(width=None if sys.stdout.isatty() else 100))
+        path = write_comparison(output, found, timings, title, notes)
     print(f"{len(found)} of {len(runs)} runs: {path}")
 
 

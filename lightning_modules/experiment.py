@@ -4,6 +4,7 @@ What is compared is a product: mechanisms (with twins and ablations, see `varian
 runs themselves are in `study.py`, and the report is made from their rows alone (`comparison_report.py`).
 """
 
+import contextlib
 import math
 import re
 import sys
@@ -20,10 +21,14 @@ from lightning_modules.arguments import Parser, parse
 from lightning_modules.comparison_report import print_summary, write_comparison
 from lightning_modules.comparison_rows import read_timings
 from lightning_modules.executions import say
+from lightning_modules.files import locked
 from lightning_modules.report import print_comparison, write_report
 from lightning_modules.study import Study
 from lightning_modules.training_cli import check_writable
 from lightning_modules.variants import ABLATIONS, MATCHING, Matching
+
+#: Of a folder, in bytes: what is put behind it, such as a seed, must fit in too.
+LONGEST_NAME = 200
 
 
 def compare(argv: list[str]) -> None:
@@ -31,8 +36,17 @@ def compare(argv: list[str]) -> None:
 
     A comparison that was stopped goes on where it was; with `overwrite` it begins anew.
     """
-    options = Namespace(**parse(_parser(), argv).as_dict())
+    parser = _parser()
+    options = Namespace(**parse(parser, argv).as_dict())
+    for name, default in parser.get_defaults().items():
+        if default is not None and getattr(options, name) is None:
+            raise ValueError(f"{name} is null; give a value, or leave it out for {default!r}")
     _check(options)
+    with contextlib.nullcontext() if options.dry_run else locked(options.output):
+        _compare(options)
+
+
+def _compare(options: Namespace) -> None:
     study = Study(options)
     console = Console(width=None if sys.stdout.isatty() else 100)
     study.print_budget(console)
@@ -124,8 +138,9 @@ def _check(options: Namespace) -> None:
         raise ValueError("there is nothing to compare; give mechanisms and seeds, as in configs/quickstart.yaml")
     for kind, names in (("mechanism", options.mechanisms), ("size", options.sizes), ("corpus", options.corpora)):
         for name in names:
-            if Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"the name of a {kind} is a folder's name; got {name!r}")
+            if Path(name).name != name or name in ("", "..") or "\0" in name or len(name.encode()) > LONGEST_NAME:
+                rule = f"of {LONGEST_NAME} bytes at most" if len(name) > LONGEST_NAME // 4 else "without slashes"
+                raise ValueError(f"the name of a {kind} is a folder's name, {rule}; got {name!r:.80}")
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"each seed is one run, so no two may be the same; got {options.seeds}")
     for name in options.ablations:

@@ -479,20 +479,33 @@ class LanguageModel(L.LightningModule):
                 f"the checkpoint holds another model: {found}; continue with the options that it began with"
             )
         is_here_in_parts = self._trainer is not None and is_sharded(self.trainer)  # and torch puts it together by name
-        if not is_here_in_parts and (wrong := self._wrong_in(checkpoint.get("optimizer_states", []))):
-            raise ValueError(
-                f"the checkpoint is damaged: {wrong} of the optimizer does not fit the model; use another copy"
-            )
+        if not is_here_in_parts and checkpoint.get("optimizer_states"):
+            wrong = self._wrong_in(checkpoint["optimizer_states"], checkpoint["global_step"], checkpoint["state_dict"])
+            if wrong := wrong and f"{wrong} of the optimizer does not fit the model" or self._wrong_weight(checkpoint):
+                raise ValueError(f"the checkpoint is damaged: {wrong}; use another copy, or an earlier checkpoint")
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._continued_steps = checkpoint.get("schedule_steps")
             # Lightning loads the weights before it converts the model, which would round double to single precision.
             checkpoints.take_precision(self, checkpoint.get("state_dict", {}))  # FSDP has loaded them already
         self._take_certificate(checkpoint)
 
-    def _wrong_in(self, saved: Any) -> str:
+    def _wrong_weight(self, checkpoint: dict[str, Any]) -> str:
+        """What is wrong with a parameter in a checkpoint; what is missing or of another shape is torch's to tell."""
+        precision = None
+        for name, parameter in self.named_parameters():
+            value = checkpoint["state_dict"].get(name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return f"{name} is no tensor of {parameter.dtype}"
+            if value.dtype != (precision := precision or value.dtype):
+                return f"{name} is in {value.dtype} and others are in {precision}"
+            if not _is_finite(value):
+                return f"{name} has values that are not finite"
+        return ""
+
+    def _wrong_in(self, saved: Any, global_step: int, weights: dict[str, Tensor]) -> str:
         """What in the optimizer's state is not of this model; torch's fused steps would read beyond shorter tensors."""
-        if not saved:
-            return ""
         optimizer = self.configure_optimizers()
         own, parameters = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
         if (
@@ -503,7 +516,7 @@ class LanguageModel(L.LightningModule):
         ):
             return "the state"
         groups = saved[0]["param_groups"]
-        if _kinds(groups) != _kinds(own["param_groups"]):
+        if _settings(groups) != _settings(own["param_groups"]):
             return "a group of parameters"
         # FSDP numbers parameters in the order of the model, everybody else in that of the groups
         numbered = dict(zip((number for group in groups for number in group["params"]), parameters, strict=True))
@@ -512,30 +525,70 @@ class LanguageModel(L.LightningModule):
         states = saved[0]["state"]
         if not isinstance(states, dict):
             return "the state"
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
         for number, state in states.items():
-            if number not in numbered or not isinstance(state, dict):
+            if number not in numbered:
                 return f"the state of parameter {number}"
-            shape = list(numbered[number].shape)
-            shapes = {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
-            if shapes != {"step": [], "exp_avg": shape, "exp_avg_sq": shape}:
-                return f"the state of parameter {number}"
+            name = names[id(numbered[number])]
+            if wrong := _wrong_in_state(state, numbered[number].shape, global_step, weights.get(name)):
+                return f"{wrong} of {name}"
+        # Without a gradient there is no state, and before the first step there is none at all.
+        if global_step and (absent := [p for number, p in numbered.items() if number not in states]):
+            reached = (parameter for parameter in absent if self._is_reached(parameter))
+            if (lost := next(reached, None)) is not None:
+                return f"the missing state of {names[id(lost)]}"
         return ""
+
+    def _is_reached(self, parameter: nn.Parameter) -> bool:
+        """Whether the loss has a gradient with respect to a parameter."""
+        tokens = torch.zeros(1, self.gpt.config.block_size, dtype=torch.int64, device=parameter.device)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            return torch.autograd.grad(self.gpt(tokens).sum(), parameter, allow_unused=True)[0] is not None
 
     def _take_certificate(self, checkpoint: dict[str, Any]) -> None:
         certificate = checkpoint.get("causality")
         self.causality = certificate if isinstance(certificate, dict) else None
 
 
-def _kinds(groups: Any) -> Any:
-    """Groups of parameters with the kinds of their options alone, and how many parameters they have."""
+def _settings(groups: Any) -> Any:
+    """Groups of parameters with their options and how many parameters they have.
+
+    Of the options that are set anew in every step, or may be others on another machine, only the kind.
+    """
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return None
 
-    def kind(name: str, value: Any) -> Any:
-        is_numbers = name == "params" and isinstance(value, list) and all(type(number) is int for number in value)
-        return len(value) if is_numbers else type(value)
+    def setting(name: str, value: Any) -> Any:
+        if name == "params" and isinstance(value, list) and all(type(number) is int for number in value):
+            return len(value)
+        return type(value) if name in ("params", "lr", "fused", "foreach") else (type(value), value)
 
-    return [{name: kind(name, value) for name, value in group.items()} for group in groups]
+    return [{name: setting(name, value) for name, value in group.items()} for group in groups]
+
+
+def _wrong_in_state(state: Any, shape: torch.Size, global_step: int, weight: Tensor | None) -> str:
+    """Which part of AdamW's state of a parameter cannot be after so many steps; empty if none."""
+    moments = ("exp_avg", "exp_avg_sq")
+    if not isinstance(state, dict) or state.keys() != {"step", *moments}:
+        return "the state"
+    for name, value in state.items():
+        expected = torch.Size() if name == "step" else shape
+        if not isinstance(value, Tensor) or value.shape != expected or not value.is_floating_point():
+            return name
+        if name in moments and isinstance(weight, Tensor) and value.dtype != weight.dtype:
+            return name
+        if not _is_finite(value):
+            return f"{name}, which is not finite,"
+    if any(value.is_meta for value in state.values()):
+        return ""
+    if not 1 <= (step := state["step"].item()) <= global_step or step % 1:
+        return f"step {step:g} after {global_step} steps"
+    return "a negative exp_avg_sq" if (state["exp_avg_sq"] < 0).any() else ""
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all numbers are; a tensor on the meta device has none."""
+    return value.is_meta or bool(value.isfinite().all())
 
 
 def planned_steps(trainer: L.Trainer, train_dataloader: Callable[[], Sized]) -> float:

@@ -8,6 +8,7 @@ decodes to is not the text it was given.
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -223,7 +224,12 @@ class BPETokenizer(Tokenizer):
         return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:  # of half a surrogate pair, which stands for a byte of an argument that is not UTF-8
+            if not (lone := re.search("[\ud800-\udfff]", text)):
+                raise
+            raise _unknown_character(text, lone.start(), f"{self.vocab_size} BPE tokens") from None
         self._check_all_encoded(text, encoding)
         return encoding.ids
 

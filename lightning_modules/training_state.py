@@ -4,10 +4,12 @@ Lightning takes what it finds: of a loop without its progress, or of a callback 
 and the run would go on from somewhere else. So what is there must be of the form that this trainer would save.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from lightning_modules.callbacks import RandomState
 
@@ -48,8 +50,8 @@ def _misfit(saved: Mapping[str, Any], trainer: L.Trainer) -> str | None:
         return found
     if "run" in saved and (found := difference(saved["run"], {"batches_that_stepped": 0, "trainer": {}}, "run")):
         return found
-    steps = saved.get("schedule_steps")
-    if type(steps) not in (int, float) or not steps > 0:
+    steps, schedule = saved.get("schedule_steps"), saved["hyper_parameters"]["optimisation"]["schedule"]
+    if type(steps) not in (int, float) or not steps > 0 or (steps == math.inf and schedule != "constant"):
         return f"schedule_steps is {steps!r:.40} and no number of steps"
     return None if done == saved["global_step"] else f"its global_step is {saved['global_step']} and its loops' {done}"
 
@@ -70,5 +72,13 @@ def difference(saved: Any, own: Any, name: str) -> str | None:
     elif type(own) is int and (type(saved) is not int or saved < 0):
         return f"{name} is {saved!r} and no count"
     elif type(own) in (bool, float, str) and type(saved) is not type(own):
-        return f"{name} is {saved!r} and no {type(own).__name__}"
+        return f"{name} is {saved!r:.40} and no {type(own).__name__}"
+    elif type(own) is float and math.isnan(saved):
+        return f"{name} is {saved}"
+    elif isinstance(own, Tensor):
+        if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+            return f"{name} is no tensor of {own.dtype} and shape {list(own.shape)}"
+    elif isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or (own and not saved):
+            return f"{name} is {saved!r:.40} and no list"
     return None

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lightning_modules.cli import main
+from lightning_modules.study import Study
 
 FIT = {
     "model": {"preset": "qisa-16", "num_layers": 1, "embed_dim": 8, "block_size": 5},
@@ -119,6 +120,33 @@ def test_two_shards_merged_are_one_run(write, tmp_path, capsys):
     assert f"{len(expected)} of {len(expected)} runs" in capsys.readouterr().out
     assert rows_of(tmp_path / "merged") == expected
     assert (tmp_path / "merged" / "comparison.html").is_file()
+
+
+def test_one_comparison_at_a_time_in_a_folder(write, tmp_path, capsys, monkeypatch):
+    options = {"mechanisms": {"classical": "classical", "qisa": "qisa"}, "seeds": [3]}
+    file, parts = write(**options), [write(f"part{i}", **options) for i in (1, 2)]
+    folders = [str(tmp_path / f"part{i}") for i in (1, 2)]
+    train, statuses = Study.train, []
+
+    def meanwhile(study):
+        monkeypatch.setattr(Study, "train", train)
+        for arguments in (["compare", "--config", str(file)], ["merge", *folders, "--output", str(tmp_path / "study")]):
+            capsys.readouterr()
+            statuses.append((main(arguments), capsys.readouterr().err))
+        statuses.append(main(["compare", "--config", str(file), "--dry_run", "true"]))
+        statuses.append(main(["merge", *folders, str(tmp_path / "study"), "--output", str(tmp_path / "elsewhere")]))
+        train(study)
+
+    for i, part in enumerate(parts, 1):
+        assert main(["compare", "--config", str(part), "--shard", f"{i}/2"]) == 0
+    assert main(["compare", "--config", str(file), "--shard", "1/2"]) == 0
+    monkeypatch.setattr(Study, "train", meanwhile)
+    assert main(["compare", "--config", str(file)]) == 0  # goes on with the other half
+    line = f"qattn: error: another process is writing to {str(tmp_path / 'study')!r}; wait for its end, or name another"
+    for status, error in statuses[:2]:
+        assert status == 2 and error.startswith(line) and error.count("\n") == 1
+    assert statuses[2:] == [0, 0] and len(rows_of(tmp_path / "elsewhere")) == 2 == len(rows_of(tmp_path / "study"))
+    assert main(["merge", *folders, "--output", str(tmp_path / "study")]) == 0
 
 
 def test_merging_what_does_not_belong_together(write, tmp_path, capsys):

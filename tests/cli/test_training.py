@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules import cli, training_cli
 from lightning_modules.checkpoints import read_checkpoint
+from lightning_modules.gpt import GPT
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.training_cli import TrainingCLI
 from pennylane_qattn import QISA, BasicEntangler, Classical, Gaussian, QISAAbsorbed
@@ -167,6 +169,23 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny, sent, status):
     assert step >= 10 and f"at step {step};" in line
 
 
+@pytest.fixture(scope="module")
+def saved():
+    """For the content of a checkpoint, which the first test that needs it makes."""
+    return []
+
+
+@pytest.fixture
+def last_checkpoint(fit, saved):
+    """The content of the last checkpoint of a run of four steps, whose folder may lack the rest."""
+    if not saved:
+        assert fit("--run", "a", "--trainer.max_steps", "4", "--model.schedule", "constant") == 0
+        saved.append(Path(LAST).read_bytes())
+    Path(LAST).parent.mkdir(parents=True, exist_ok=True)
+    Path(LAST).write_bytes(saved[0])
+    return read_checkpoint(LAST)
+
+
 def first_state(content):
     return content["optimizer_states"][0]["state"][0]
 
@@ -176,33 +195,71 @@ def first_state(content):
     [
         lambda c: first_state(c).update(exp_avg=torch.ones(1)),  # on which torch's fused steps break down
         lambda c: first_state(c).pop("exp_avg_sq"),
+        lambda c: first_state(c)["exp_avg"].fill_(torch.nan),
+        lambda c: first_state(c)["exp_avg_sq"].fill_(-1),
+        lambda c: first_state(c).update(exp_avg=first_state(c)["exp_avg"].long()),
+        lambda c: first_state(c).update(exp_avg=first_state(c)["exp_avg"].double()),
+        lambda c: first_state(c).update(step=torch.tensor(5.0)),  # of four
+        lambda c: first_state(c).update(step=torch.tensor(torch.nan)),
+        lambda c: c["optimizer_states"][0]["state"].pop(3),
+        lambda c: c["optimizer_states"][0]["state"].clear(),
         lambda c: first_state(c).update(step=torch.ones(3)),
         lambda c: c["optimizer_states"][0]["param_groups"][0].update(betas=[]),
+        lambda c: c["optimizer_states"][0]["param_groups"][0].update(betas=(0.9, 0.99)),
+        lambda c: c["optimizer_states"][0]["param_groups"][0].update(eps=math.nan),
         lambda c: c["optimizer_states"][0]["param_groups"].pop(),
         lambda c: c["optimizer_states"][0].update(state=[]),
         lambda c: c["optimizer_states"][0]["state"].update({99: {}}),
         lambda c: c["optimizer_states"].append(1),
         lambda c: c["loops"]["fit_loop"].update({"epoch_loop.manual_optimization.optim_step_progress": True}),
         lambda c: c["state_dict"].pop("gpt.head.bias"),
+        lambda c: c["state_dict"]["gpt.head.bias"].fill_(torch.inf),
+        lambda c: c["state_dict"].update({"gpt.head.bias": c["state_dict"]["gpt.head.bias"].double()}),
+        lambda c: c["state_dict"].update({"gpt.head.bias": c["state_dict"]["gpt.head.bias"].long()}),
+        lambda c: c["state_dict"].update({"gpt.head.bias": 1.0}),
         lambda c: c["callbacks"].update(RandomState={}),
         lambda c: c["callbacks"].pop("RandomState"),
+        lambda c: c["callbacks"]["RandomState"].update(processes=[]),
+        lambda c: c["callbacks"]["RandomState"]["processes"][0].update(torch=torch.zeros(3)),
+        lambda c: c["callbacks"]["RandomState"]["processes"][0].pop("python"),
         lambda c: c["callbacks"]["RandomState"]["processes"][0].update(numpy=([1] * 624, 10**9, 0, 0.0)),  # beyond it
         lambda c: c["callbacks"]["RunCheckpoint"].update(best_score="low"),
+        lambda c: c["callbacks"]["RunCheckpoint"].update(best_score=math.nan),
         lambda c: c["loops"]["fit_loop"].pop("epoch_progress"),
         lambda c: c["loops"]["fit_loop"]["epoch_progress"]["current"].update(ready=-1),
         lambda c: c["loops"].update(fit_loop=[]),
         lambda c: c.update(global_step=3),
         lambda c: c.pop("schedule_steps"),
+        lambda c: c.update(schedule_steps=math.nan),
         lambda c: c["run"].update(batches_that_stepped=[]),
     ],
 )
-def test_a_state_of_training_that_does_not_fit(fit, refused, tiny, change):
-    assert fit("--run", "a", "--trainer.max_steps", "4", "--model.schedule", "constant") == 0
-    content = read_checkpoint(LAST)
-    change(content)
-    torch.save(content, LAST)
+def test_a_state_of_training_that_does_not_fit(last_checkpoint, refused, tiny, change):
+    change(last_checkpoint)
+    torch.save(last_checkpoint, LAST)
     line = refused("fit", *tiny, "--run", "a", "--ckpt_path", "last", "--model.schedule", "constant")
     assert "the checkpoint is damaged: " in line or f"cannot go on from '{LAST}': its state does not fit" in line
+
+
+def test_a_parameter_that_no_gradient_reaches_has_no_state(fit, monkeypatch):
+    build = GPT.__init__
+
+    def with_a_spare_parameter(self, *arguments, **options):
+        build(self, *arguments, **options)
+        self.spare = torch.nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setattr(GPT, "__init__", with_a_spare_parameter)
+    assert fit("--run", "a", "--trainer.max_steps", "4", "--model.schedule", "constant") == 0
+    (state,) = read_checkpoint(LAST)["optimizer_states"]
+    assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"]) - 1
+    assert fit("--run", "a", "--trainer.max_steps", "5", "--model.schedule", "constant", "--ckpt_path", "last") == 0
+
+
+def test_a_cosine_that_never_ends(fit, refused, tiny):
+    assert fit("--run", "a", "--trainer.max_steps", "1") == 0
+    content = read_checkpoint(LAST)
+    torch.save({**content, "schedule_steps": math.inf}, LAST)
+    assert "schedule_steps is inf and no number of steps" in refused("fit", *tiny, "--run", "a", "--ckpt_path", "last")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------
