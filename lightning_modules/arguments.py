@@ -9,8 +9,9 @@ import itertools
 import os
 import re
 import textwrap
+import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Union
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -59,6 +60,20 @@ def parse(parser: LightningArgumentParser, args: Iterable[str], **options: Any) 
     trust.check_functions(config)
     config.trust = trusted
     return config
+
+
+def try_integers_first(parser: LightningArgumentParser) -> None:
+    """Makes 1 an int and 1.0 a float wherever an option is either, as a number of batches or a share of them.
+
+    jsonargparse tries the types in their order, which is not that of the source: `typing` keeps what `Optional` was
+    given, takes `Union[float, int]` for `Union[int, float]`, and hands out whichever some library has asked for first.
+    """
+    for action in parser._actions:
+        kinds = list(typing.get_args(getattr(action, "_typehint", None)))
+        if int in kinds and float in kinds and kinds.index(float) < kinds.index(int):
+            first, second = kinds.index(float), kinds.index(int)
+            kinds[first], kinds[second] = int, float
+            setattr(action, "_typehint", Union[tuple(kinds)])  # noqa: B010, UP007
 
 
 def instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace:

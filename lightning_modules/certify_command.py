@@ -30,15 +30,24 @@ from pennylane_qattn import ATTENTION, causality
 #: Sizes of an attention that is asked for by name.
 SIZES = {"embed_dim": 16, "num_heads": 2, "block_size": 16}
 HUB = "hf:"
+#: What torch says of tensors that are too large.
+_TOO_LARGE = re.compile("can't allocate memory|out of memory|calculation overflowed|Overflow when unpacking")
 
 
 def certify(argv: list[str]) -> int:
     """`qattn certify`."""
     options = _options(argv)
-    target = find(options)
     names = ("length", "vocab_size", "embed_dim", "batch_size", "modes", "time_limit", "seed")
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    certificate = causality.certify(target.module, name=target.name, **asked)
+    try:
+        target = find(options)
+        certificate = causality.certify(target.module, name=target.name, **asked)
+    except (MemoryError, RuntimeError, TypeError) as error:
+        sizes = {name: value for name, value in vars(options).items() if name in SIZES or name in names[:4]}
+        given = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
+        if not given or not _TOO_LARGE.search(str(error)):
+            raise
+        raise ValueError(f"{given:.200}: tensors of that size do not fit in memory; give smaller sizes") from error
     if options.json is not None:
         text = json.dumps(certificate.to_plain(), indent=1, allow_nan=False) + "\n"
         if options.json == "-":

@@ -255,8 +255,9 @@ def _report(error: BaseException) -> int:
 
 
 def _is_bad_input(error: BaseException) -> bool:
-    kinds = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, (*kinds, PermissionError)) or type(error).__name__ == "MisconfigurationException"
+    kinds = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    is_too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return is_too_long or isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
 
 
 def _is_told(error: BaseException) -> bool:
@@ -275,6 +276,7 @@ REMEDIES = {
     errno.ENOTDIR: "check the path",
     errno.EACCES: "choose another place",
     errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter one",
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
     errno.EFBIG: "raise the limit on the size of files, or choose another place",

@@ -6,6 +6,7 @@ with the pointer, some lines of its own without which it shows the same.
 """
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -354,6 +355,8 @@ def _svg(figure: Figure, salt: str, **options: Any) -> str:
 
 # --- page ---
 
+PAGE, RESULTS = "report.html", "results.json"
+
 
 def write_report(
     folder: str | Path,
@@ -366,7 +369,8 @@ def write_report(
 
     The page holds everything it shows. ``results.json`` holds the numbers, samples and settings, without the
     attention maps. The pictures are ``loss.png``, ``attention-<name>.png`` and ``circuit-<name>.png``, each
-    if there is something to draw. Each file is written whole or not at all, the page last.
+    if there is something to draw. Each file is written whole or not at all, the page last. Of a report that was there
+    before, the pictures that this one does not have are removed, as far as they are still as that report wrote them.
 
     Args:
         folder: made if missing.
@@ -395,14 +399,39 @@ def write_report(
     for name, result in zip(names, results, strict=True):
         pictures[f"attention-{name}"] = (attention_figure(result), {})
         pictures[f"circuit-{name}"] = (result.circuit, {"bbox_inches": "tight"})
-    plain = {"title": title, "results": [result.to_plain() for result in results]}
+    folder = Path(folder)
     files = {f"{name}.png": _png(figure, **options) for name, (figure, options) in pictures.items() if figure}
-    files["results.json"] = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False).encode()
-    files["report.html"] = page.encode()
+    for path in _pictures_of(folder):
+        if path.name not in files:
+            path.unlink()
+    plain = {
+        "title": title,
+        "results": [result.to_plain() for result in results],
+        "pictures": {name: _digest(content) for name, content in files.items()},
+    }
+    files[RESULTS] = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False).encode()
+    files[PAGE] = page.encode()
     for name, content in files.items():
-        with atomic_write(Path(folder) / name) as file:
+        with atomic_write(folder / name) as file:
             file.write(content)
-    return Path(folder) / "report.html"
+    return folder / PAGE
+
+
+def _pictures_of(folder: Path) -> Iterator[Path]:
+    """The pictures that the report in a folder has made, without those that are others by now."""
+    try:
+        pictures = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["pictures"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is no report, or it is not ours
+        return
+    for name, digest in pictures:
+        path = folder / name
+        is_here = Path(name).name == name and path.suffix == ".png" and path.is_file() and not path.is_symlink()
+        if is_here and _digest(path.read_bytes()) == digest:
+            yield path
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _page(results: Sequence[RunResult], title: str, notes: Sequence[str], hover: bool) -> str:

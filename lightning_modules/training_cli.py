@@ -323,6 +323,7 @@ class TrainingCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(L.Trainer, "trainer")
+        arguments.try_integers_first(parser)
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         if self.command == "fit":
             parser.add_lightning_class_args(LanguageModel, "model")

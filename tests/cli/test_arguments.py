@@ -1,10 +1,18 @@
 """Options and configs: abbreviations, help, and mistakes in them as one line with a remedy."""
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Union
 
+import lightning as L
 import pytest
 
+from lightning_modules import cli
 from lightning_modules.arguments import Parser, explain, parse
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -15,6 +23,31 @@ def parser():
     parser.add_argument("--model.attention", type=str)
     parser.add_argument("--flag", action="store_true")
     return parser
+
+
+BATCHES = tuple(f"trainer.limit_{what}_batches" for what in ("train", "val", "test", "predict"))
+EITHER = (*BATCHES, "trainer.overfit_batches", "trainer.val_check_interval", "trainer.gradient_clip_val")
+
+
+def kinds(texts=("1", "1.0")):
+    """The types of what is read for each text, by option."""
+    parser = cli.parser_of("fit")
+    return {name: [type(parser.parse_args([f"--{name}", text])[name]).__name__ for text in texts] for name in EITHER}
+
+
+@pytest.mark.parametrize("union", [Union[int, float, None], Union[float, int, None]])  # noqa: UP007 the order counts
+def test_a_number_of_batches_is_an_int_and_a_share_a_float(monkeypatch, union):
+    for name in EITHER:
+        monkeypatch.setitem(L.Trainer.__init__.__annotations__, name.removeprefix("trainer."), union)
+    assert kinds() == dict.fromkeys(EITHER, ["int", "float"])
+
+
+@pytest.mark.parametrize("first", ["lightning", "pennylane, torchmetrics.text"])
+def test_whatever_is_imported_first(first):
+    """Of which the second one makes `typing` put float before int in Lightning's own hints."""
+    code = f"import {first}; from tests.cli.test_arguments import kinds; print(kinds())"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == f"{dict.fromkeys(EITHER, ['int', 'float'])}\n"
 
 
 # Messages of jsonargparse 4.53, shortened.

@@ -1,6 +1,7 @@
 """The table and the page of a comparison: their content, escaping, missing pieces, nothing half written."""
 
 import base64
+import hashlib
 import json
 import math
 from html.parser import HTMLParser
@@ -364,6 +365,35 @@ def test_a_failed_report_leaves_the_old_one(tmp_path):
     with pytest.raises(ValueError, match=r"'layer 0' must be \(heads, tokens, tokens\); got \(5, 7\)"):
         write_report(tmp_path, [result(attention_maps={"layer 0": torch.ones(5, 7)})], "New")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_new_report_takes_away_the_pictures_of_the_old_one_and_no_others(tmp_path):
+    write_report(tmp_path / "run", [result("a", circuit=circuit()), result("b", circuit=circuit())], "Old")
+    old = {"attention-a.png", "attention-b.png", "circuit-a.png", "circuit-b.png", "loss.png"}
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == old
+    (tmp_path / "run" / "circuit-b.png").write_bytes(b"drawn anew by hand")
+    for name in ("mine.png", "attention-c.png", "notes.txt"):
+        (tmp_path / "run" / name).write_bytes(b"mine")
+    write_report(tmp_path / "run", [result("a", history=[])], "New")
+    kept = {"attention-a.png", "circuit-b.png", "mine.png", "attention-c.png"}
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == kept and (tmp_path / "run/notes.txt").exists()
+    write_report(tmp_path / "run", [RunResult("x")], "Newer")
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == kept - {"attention-a.png"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "[]", "{", '{"pictures": 3}', '{"pictures": {"../up.png": "%s", "run.txt": "%s", "link.png": "%s"}}'],
+)
+def test_a_record_of_pictures_that_names_other_files(tmp_path, record):
+    folder, content = tmp_path / "run", b"mine"
+    folder.mkdir()
+    for path in (tmp_path / "up.png", folder / "run.txt"):
+        path.write_bytes(content)
+    (folder / "link.png").symlink_to(tmp_path / "up.png")
+    (folder / "results.json").write_text(record.replace("%s", hashlib.sha256(content).hexdigest()))
+    write_report(folder, [RunResult("x")], "New")
+    assert all(path.read_bytes() == content for path in (tmp_path / "up.png", folder / "run.txt", folder / "link.png"))
 
 
 def test_bad_input(tmp_path):
