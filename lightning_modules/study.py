@@ -151,6 +151,11 @@ class Cell:
         for name, mechanism in options.mechanisms.items():
             attention = _config_of(mechanism)
             training = self.training(name, options.seeds[0], {"attention": attention}, only_to_look=True)
+            if (processes := training.trainer.world_size) > 1:
+                raise ValueError(
+                    f"a comparison trains each run in one process, and fit.trainer asks for {processes}; "
+                    "leave its devices at 1, and use several processes by --shard"
+                )
             config = training.model.gpt.config
             own_seed = "seed" in attention.get("init_args", {})
             variant = Variant(name, training.model.attention, title=name, own_seed=own_seed)

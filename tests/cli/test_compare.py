@@ -72,8 +72,8 @@ def trainer(**options):
     ("options", "message"),
     [
         ({"mechanisms": {}}, "there is nothing to compare"),
-        ({"mechanisms": {"a/b": "qisa"}}, "is a folder's name; got 'a/b'"),
-        ({"mechanisms": {"..": "qisa"}}, "is a folder's name; got '..'"),
+        ({"mechanisms": {"a/b": "qisa"}}, "is a folder's name, without slashes; got 'a/b'"),
+        ({"mechanisms": {"..": "qisa"}}, "is a folder's name, without slashes; got '..'"),
         ({"mechanisms": {"classical": "classical", "a": "foo"}}, "unknown attention 'foo'"),
         ({"mechanisms": {"classical": "classical", "a": 3}}, "is a name or has a class_path, with init_args or"),
         ({"mechanisms": {"classical": "classical", "a": {"class_path": "foo"}}}, "model.attention: expected a class"),

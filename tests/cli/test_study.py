@@ -255,13 +255,17 @@ def test_leaks_are_refused_or_labelled(write, tmp_path, capsys):
         ({"timing_rounds": -1}, "timing_rounds must be at least 0; got -1"),
         ({"shard": "3/2"}, "shard must be i/n, as 1/3, 2/3 and 3/3; got '3/2'"),
         ({"shard": "0/2"}, "shard must be i/n"),
-        ({"corpora": {"a/b": {}}}, "the name of a corpus is a folder's name; got 'a/b'"),
+        ({"corpora": {"a/b": {}}}, "the name of a corpus is a folder's name, without slashes; got 'a/b'"),
         ({"corpora": {"a": {"corpus": "nowhere.txt"}}}, "unknown corpus 'nowhere.txt'"),
         ({"sizes": {"a": {"embed_dim": 0}}}, "embed_dim must be an integer of at least 1; got 0"),
         ({"split": "test", "fit": {**FIT, "data": {**FIT["data"], "val_fraction": 0.2}}}, "there is no test split"),
         (
             {"fit": {**FIT, "trainer": {**FIT["trainer"], "max_steps": -1, "max_time": "00:00:01:00"}}},
             "needs an end of its",
+        ),
+        (
+            {"fit": {**FIT, "trainer": {**FIT["trainer"], "accelerator": "cpu", "devices": 2, "strategy": "ddp"}}},
+            "each run in one process, and fit.trainer asks for 2; leave its devices at 1",
         ),
     ],
 )
