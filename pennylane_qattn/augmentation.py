@@ -50,7 +50,7 @@ def augment(
         layout: where things stand.
     """
     on_gpu = cuda_kernels.serve_vectors(x)
-    if on_gpu or (x.numel() >= FEWEST_NUMBERS and kernels.serve(x)):
+    if on_gpu or (kernels.serve(x) and x.numel() >= FEWEST_NUMBERS):  # a traced program asks for no size
         factors = [f if isinstance(f, Tensor) else _of_all_heads(x, f, on_gpu) for f in (factor, norm_factor)]
         if all(f.dtype == x.dtype and not is_batched(f) for f in factors):
             return _Augment.apply(x, *factors, layout)

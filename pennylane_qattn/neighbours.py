@@ -70,7 +70,7 @@ def join_neighbours(
     inputs = torch.cat((recent.inputs.to(x.dtype), x), dim=1)
     times = torch.cat((recent.times, positions if padding is None else positions.masked_fill(padding, -1)), dim=1)
     if in_order and padding is None:
-        return _side_by_side(inputs, span), Recent(inputs[:, seq:], times[:, seq:])
+        return _side_by_side(inputs, span), Recent(inputs.narrow(1, seq, held), times.narrow(1, seq, held))
     _check_order(recent.times, times[:, held:])
     order = times.argsort(dim=1, stable=True)  # what is no token comes first
     times = times.gather(1, order)
@@ -78,7 +78,7 @@ def join_neighbours(
     joint = _side_by_side(F.pad(inputs, (0, 0, held, 0)), span)
     back = order.argsort(dim=1)[:, held:]
     joint = joint.gather(1, back[..., None].expand(-1, -1, joint.shape[-1]))
-    return joint, Recent(inputs[:, seq:], times[:, seq:], in_order)
+    return joint, Recent(inputs.narrow(1, seq, held), times.narrow(1, seq, held), in_order)
 
 
 def _check_order(before: Tensor, times: Tensor) -> None:
@@ -96,4 +96,5 @@ def _check_order(before: Tensor, times: Tensor) -> None:
 
 def _side_by_side(inputs: Tensor, span: int) -> Tensor:
     seq = inputs.shape[1] - span + 1
-    return torch.stack([inputs[:, start : start + seq] for start in range(span)], dim=-1).flatten(-2)
+    # narrow, here and above: slices tie a program that torch 2.7 exports to its batch
+    return torch.stack([inputs.narrow(1, start, seq) for start in range(span)], dim=-1).flatten(-2)

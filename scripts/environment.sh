@@ -5,10 +5,11 @@
 #   bash scripts/environment.sh [EXTRAS]                     by hand; EXTRAS as in setup.cfg, for example test,hf
 #   source scripts/environment.sh; use_environment [EXTRAS]  in a script; puts the environment first in PATH
 #
-# QATTN_VENV      folder of the environment (.venv in the project's folder)
-# QATTN_PYTHON    interpreter to make it with (the first Python 3.11 or newer in PATH)
-# QATTN_PIP_ARGS  further arguments for `pip install`, separated by spaces; for example a package index that holds
-#                 torch without CUDA
+# QATTN_VENV         folder of the environment (.venv in the project's folder)
+# QATTN_PYTHON       interpreter to make it with (the first Python 3.11 or newer in PATH)
+# QATTN_CONSTRAINTS  file of versions to install under instead of scripts/constraints.txt; /dev/null for the newest
+# QATTN_PIP_ARGS     further arguments for `pip install`, separated by spaces; for example a package index that holds
+#                    torch without CUDA
 #
 # The file qattn-environment inside says what the environment was made for, or that its making is under way. So
 # nothing is done when nothing changed, an interrupted installation is started afresh, and a folder that was not made
@@ -49,18 +50,19 @@ find_python() {
 # `environment_record read|write FOLDER EXTRAS` reads or writes what the environment in a folder was made for. Reading
 # prints what is left to do (see environment_state), and fails where the environment cannot be used.
 environment_record() {
-    "$2/bin/python" -I -S - "$1" "$2/qattn-environment" "$3" "$qattn_root" "${QATTN_PYTHON:+$(python_version)}" <<'PYTHON'
+    "$2/bin/python" -I -S - "$1" "$2/qattn-environment" "$3" "$qattn_root" "$(constraints_file)" \
+        "${QATTN_PYTHON:+$(python_version)}" <<'PYTHON'
 import hashlib
 import json
 import os
 import platform
 import sys
 
-action, path, extras, root, wanted_python = sys.argv[1:]
+action, path, extras, root, constraints, wanted_python = sys.argv[1:]
 extras = {extra for extra in extras.split(",") if extra}
 digest = hashlib.sha256()
-for name in ("setup.cfg", "scripts/constraints.txt"):
-    with open(os.path.join(root, name), "rb") as file:
+for name in (os.path.join(root, "setup.cfg"), constraints):
+    with open(name, "rb") as file:
         digest.update(file.read())
 now = {"project": root, "python": platform.python_version(), "requirements": digest.hexdigest()}
 if action == "write":
@@ -82,6 +84,13 @@ python_version() {
     "$QATTN_PYTHON" -c 'import platform; print(platform.python_version())'
 }
 
+# Prints the file of versions to install under.
+constraints_file() {
+    local file="${QATTN_CONSTRAINTS:-$qattn_root/scripts/constraints.txt}"
+    [[ "$file" == /* ]] || file="$PWD/$file"
+    echo "$file"
+}
+
 # What is to be done for the environment in folder $1 to hold the extras $2. Prints one of
 #   ready            nothing
 #   install EXTRAS   install into it, with these extras
@@ -98,9 +107,10 @@ environment_state() {
 
 # Makes the environment in folder $1 hold the extras $2.
 make_environment() {
-    local venv="$1" extras="$2" python state
+    local venv="$1" extras="$2" python state constraints
     local -a pip_args=()
     python="$(find_python)" || exit 1
+    constraints="$(constraints_file)"
     mkdir -p -- "$venv" 2>/dev/null || fail "cannot make the folder $venv; set QATTN_VENV to another one"
 
     # One installation at a time. The lock belongs to file descriptor 9, which stays open until the work is done.
@@ -123,12 +133,12 @@ make_environment() {
     else
         extras="${state#install }"
     fi
-    echo "Installing the pinned packages${extras:+ with the extras $extras} ..." >&2
+    echo "Installing the packages of $constraints${extras:+ with the extras $extras} ..." >&2
     read -r -a pip_args <<<"${QATTN_PIP_ARGS:-}" || true
     (
         cd -- "$qattn_root" &&
             PIP_USER=0 "$venv/bin/python" -m pip install --disable-pip-version-check \
-                --constraint scripts/constraints.txt ${pip_args[@]+"${pip_args[@]}"} \
+                --constraint "$constraints" ${pip_args[@]+"${pip_args[@]}"} \
                 --editable ".${extras:+[$extras]}" >&2
     ) || fail "the installation failed, for the reason above; the next call starts it afresh"
     environment_record write "$venv" "$extras"
@@ -143,6 +153,9 @@ use_environment() {
     unset PYTHONHOME
     if [[ -n "${QATTN_PYTHON:-}" ]]; then
         find_python >/dev/null || exit 1
+    fi
+    if [[ ! -r "$(constraints_file)" || -d "$(constraints_file)" ]]; then
+        fail "QATTN_CONSTRAINTS=${QATTN_CONSTRAINTS:-} is no file that can be read; set it to one, or unset it"
     fi
     state="$(environment_state "$venv" "$extras")" || exit 1
     if [[ "$state" != ready ]]; then

@@ -373,6 +373,12 @@ def test_a_wrong_choice_of_python_is_refused_in_one_line(tmp_path):
     assert_one_line_error(environment(tmp_path / "venv", QATTN_PYTHON=str(tmp_path)), "QATTN_PYTHON", str(tmp_path))
 
 
+def test_missing_constraints_are_refused_in_one_line(tmp_path):
+    run = environment(tmp_path / "venv", QATTN_CONSTRAINTS=str(tmp_path / "none.txt"))
+    assert_one_line_error(run, "QATTN_CONSTRAINTS", str(tmp_path / "none.txt"))
+    assert not (tmp_path / "venv").exists()
+
+
 def test_a_folder_made_by_others_is_refused_and_kept(tmp_path):
     folder = tmp_path / "with a space"
     folder.mkdir()
@@ -408,5 +414,14 @@ def test_a_finished_environment_is_reused_and_a_half_made_one_is_not(tmp_path):
     code, made = installs(FAIL_PIP="", QATTN_PIP_ARGS="--no-cache-dir --retries 9")
     assert (code, len(made)) == (0, 2)
     assert not (folder / "left-over").exists()
-    assert "--constraint scripts/constraints.txt --no-cache-dir --retries 9 --editable ." in made[1]
+    pins = ROOT / "scripts" / "constraints.txt"
+    assert f"--constraint {pins} --no-cache-dir --retries 9 --editable ." in made[1]
     assert installs(FAIL_PIP="") == (0, [])
+    others = tmp_path / "oldest.txt"
+    for versions in ("numpy==2.0.0", "numpy==2.1.0"):  # other versions, in the same file too, are installed anew
+        others.write_text(versions)
+        code, made = installs(FAIL_PIP="", QATTN_CONSTRAINTS=str(others))
+        assert (code, len(made)) == (0, 1)
+        assert f"--constraint {others} --editable ." in made[0]
+        assert installs(FAIL_PIP="", QATTN_CONSTRAINTS=str(others)) == (0, [])
+    assert f"--constraint {pins} --editable ." in installs(FAIL_PIP="")[1][0]

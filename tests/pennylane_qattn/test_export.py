@@ -25,7 +25,8 @@ def test_the_program_gives_the_same(name, rng):
     torch.manual_seed(0)
     attention = build_attention(name, embed_dim=WIDTH, num_heads=2, block_size=LENGTH).eval()
     x = torch.randn(5, LENGTH, WIDTH, generator=rng)
-    program = torch.export.export(attention, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}})
+    shapes = {"x": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(attention, (x,), dynamic_shapes=shapes, strict=False)
     assert not [node for node in program.graph.nodes if "qattn" in str(node.target)]
     for batch in (5, 11):
         x = torch.randn(batch, LENGTH, WIDTH, generator=rng)
@@ -35,7 +36,7 @@ def test_the_program_gives_the_same(name, rng):
 def test_the_program_needs_no_package(rng, tmp_path):
     attention = build_attention("qisa", embed_dim=WIDTH, num_heads=2, block_size=LENGTH).eval()
     x = torch.randn(2, LENGTH, WIDTH, generator=rng)
-    torch.export.save(torch.export.export(attention, (x,)), tmp_path / "attention.pt2")
+    torch.export.save(torch.export.export(attention, (x,), strict=False), tmp_path / "attention.pt2")
     torch.save({"x": x, "y": attention(x).detach()}, tmp_path / "numbers.pt")
     program = """
 import sys, torch
