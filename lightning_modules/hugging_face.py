@@ -42,29 +42,31 @@ class ReplacedAttention(nn.Module):
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
+        cache: Cache | None = None,
         **_,
     ) -> tuple[Tensor, None]:
-        """The output, and no weights.
+        """The output, and no weights. The cache of transformers is `cache` from 5.24 on, and `past_key_values` before.
 
         Raises:
             ValueError: for cross-attention, a mask that hides more than padding and later tokens, or a cache that this
                 attention cannot use.
         """
-        if encoder_hidden_states is not None or isinstance(past_key_values, EncoderDecoderCache):
+        held = past_key_values if cache is None else cache
+        if encoder_hidden_states is not None or isinstance(held, EncoderDecoderCache):
             raise ValueError("the replaced attention is self-attention; the model must have no cross-attention")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer)
+        past = 0 if held is None else held.get_seq_length(self.layer)
         padding = _padding_of(attention_mask, past, hidden_states.shape[1])
-        cache = None
-        if past_key_values is not None:
+        own_cache = None
+        if held is not None:
             if self.attention.span > 1:
                 raise ValueError(
                     f"{self.attention.name} reads {self.attention.span} neighbouring tokens, which the cache of "
                     "transformers does not hold; call with use_cache=False"
                 )
             sizes = len(hidden_states), self.attention.block_size
-            cache = _Past(past_key_values, self.layer, padding, *sizes)
+            own_cache = _Past(held, self.layer, padding, *sizes)
         own = None if padding is None else padding[:, past:]
-        return self.resid_dropout(self.attention(hidden_states, key_padding_mask=own, cache=cache)), None
+        return self.resid_dropout(self.attention(hidden_states, key_padding_mask=own, cache=own_cache)), None
 
 
 class _Past(KeyValueCache):

@@ -96,5 +96,5 @@ def _check_order(before: Tensor, times: Tensor) -> None:
 
 def _side_by_side(inputs: Tensor, span: int) -> Tensor:
     seq = inputs.shape[1] - span + 1
-    # narrow, here and above: slices tie a program that torch 2.7 exports to its batch
+    # narrow, here and above: slices tie a program that torch 2.6 exports to its batch
     return torch.stack([inputs.narrow(1, start, seq) for start in range(span)], dim=-1).flatten(-2)

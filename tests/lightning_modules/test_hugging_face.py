@@ -54,6 +54,14 @@ def with_their_weights(theirs):
     return ours
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_their_cache_under_the_name_of_either_version(name, rng):
+    attention = with_their_weights(gpt2()).transformer.h[0].attn
+    x, held = torch.randn(3, 5, 8, generator=rng), transformers.DynamicCache()
+    parts = [attention(part, **{name: held})[0] for part in (x[:, :3], x[:, 3:4], x[:, 4:])]
+    torch.testing.assert_close(torch.cat(parts, dim=1), attention(x)[0])
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_with_their_weights_it_is_gpt2(implementation, tokens, mask):
     theirs = gpt2(attn_implementation=implementation)

@@ -33,6 +33,7 @@ def test_the_program_gives_the_same(name, rng):
         torch.testing.assert_close(program.module()(x), attention(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 reads no program again that holds complex numbers")
 def test_the_program_needs_no_package(rng, tmp_path):
     attention = build_attention("qisa", embed_dim=WIDTH, num_heads=2, block_size=LENGTH).eval()
     x = torch.randn(2, LENGTH, WIDTH, generator=rng)
