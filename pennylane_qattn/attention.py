@@ -335,7 +335,7 @@ class Attention(nn.Module):
         # to pad every value that a cache holds would take longer than a single row of weights
         is_row = visibility.queries == 1 and q.shape[-1] > v.shape[-1]
         num_weights = q.shape[0] * q.shape[1] * visibility.queries * visibility.keys
-        is_small = num_weights <= max_weights(x.device) or is_transformed()
+        is_small = is_transformed() or num_weights <= max_weights(x.device)  # no question of size in an export
         if not self._applies_weights_as_they_are:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
             heads = self.applied(weights, visibility).to(v.dtype) @ v
