@@ -111,11 +111,14 @@ class Study:
         return [row for row in found if row is not None]
 
     def measure_times(self) -> None:
-        """Times all variants of a corpus and size by turns, where that has not been done."""
-        for cell, units in itertools.groupby(self.units, lambda unit: unit.cell):
-            path = cell.folder / rows.TIMES
-            if self.options.timing_rounds and (self.options.overwrite or not path.is_file()):
-                rows.write_json(path, cell.times(list(units)))
+        """Times all variants of a corpus and size by turns, where that has not been done with all of them."""
+        if not self.options.timing_rounds:
+            return
+        for cell, found in itertools.groupby(self.units, lambda unit: unit.cell):
+            units, path = list(found), cell.folder / rows.TIMES
+            timed = None if self.options.overwrite else rows.read_json(path)
+            if timed is None or not {unit.variant.name for unit in units} <= timed["inference"].keys():
+                rows.write_json(path, cell.times(units))
 
     def examine(self) -> list[RunResult]:
         """Every run by itself."""

@@ -88,6 +88,16 @@ def test_everything_at_once(write, tmp_path, capsys):
     assert times["inference"]["classical"] == [1.0, 1.0]
 
 
+def test_a_mechanism_that_joins_later_is_timed_with_the_others(write, tmp_path):
+    found = []
+    for names in (["classical"], ["classical", "gaussian"], ["classical"]):
+        mechanisms = {name: name for name in names}
+        assert main(["compare", "--config", str(write(mechanisms=mechanisms, seeds=[3], timing_rounds=1))]) == 0
+        found.append(json.loads((tmp_path / "study" / "timing.json").read_text()))
+    assert [set(times["training"]) for times in found] == [{"classical"}, *[{"classical", "gaussian"}] * 2]
+    assert found[2] == found[1]
+
+
 def test_all_variants_are_trained_on_the_same_batches(write, tmp_path, monkeypatch):
     from lightning_modules.language_model import LanguageModel
 
