@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.complex_numbers import real_and_imaginary
 from pennylane_qattn.devices import Meter
 from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.measurement import WordMeasurement
@@ -93,8 +94,7 @@ class FoldedExecutor(Executor):
         """What takes amplitudes to the state, real amplitudes followed by imaginary ones."""
 
         def compute() -> Tensor:
-            matrix = fold.states(weights, width)
-            return torch.cat((matrix.real, matrix.imag), dim=1)
+            return torch.cat(real_and_imaginary(fold.states(weights, width)), dim=1)
 
         return self._states(compute, weights, width)
 
@@ -109,6 +109,7 @@ class FoldedExecutor(Executor):
                 dtype=dtype,
                 device=device,
             )
+            self._words.prepare(dtype, device)
 
     def _prepared(self, x: Tensor, weights: Tensor) -> tuple[Tensor, int, Fold]:
         """The encoded amplitudes, how many there are, and the fold for these weights."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pennylane_qattn.ansatz import ANSATZE, Ansatz
 from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.complex_numbers import from_real
 from pennylane_qattn.devices import Meter
 from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding
 from pennylane_qattn.execution import Execution, Executor, make_executor
@@ -290,7 +291,7 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         if self._measurement.serves(x):
             return self._measurement(x, padded)
         fold = self._fold(dtype, weight.device)
-        rows, signs = self._readouts(lambda: fold.readout(padded.to(fold.complex_dtype)), weight)
+        rows, signs = self._readouts(lambda: fold.readout(from_real(padded)), weight)
         return quadratic_forms(x, rows, signs)
 
     def prepare(self) -> None:
@@ -303,4 +304,5 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
     def _fold(self, dtype: torch.dtype, device: torch.device) -> Fold:
         if (dtype, device) not in self._folds:
             self._folds[dtype, device] = Fold(None, self.num_wires, self.words, dtype=dtype, device=device)
+            self._measurement.prepare(dtype, device)
         return self._folds[dtype, device]

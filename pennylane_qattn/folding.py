@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from pennylane_qattn.circuit import Circuit
+from pennylane_qattn.complex_numbers import as_pairs, as_working, matmul, multiply
 from pennylane_qattn.observables import group_words, word_signs
 from pennylane_qattn.program import Gate, Harmonics, Program
 from pennylane_qattn.transforms import is_transformed, ordinary_mode
@@ -129,8 +130,6 @@ def _embed_monomial(gate: Gate, num_wires: int) -> tuple[np.ndarray, np.ndarray]
 class _Gates:
     r"""Gates on as many wires each, all at once: :math:`C + A \cos a\theta + B \sin a\theta` (`Harmonics`).
 
-    Real and imaginary parts stand side by side, as torch compiles no complex arithmetic.
-
     Args:
         gates: the gates.
         columns: for each the number of its angle; any for a constant gate.
@@ -149,18 +148,19 @@ class _Gates:
         self.frequency = torch.tensor(frequencies, dtype=dtype, device=device)[:, None, None, None]
         self.columns = torch.tensor(columns, device=device)
 
-    def __call__(self, angles: Float[Tensor, "circuits angles"]) -> Complex[Tensor, "circuits gates dim dim"]:
+    def __call__(self, angles: Float[Tensor, "circuits angles"]) -> Num[Tensor, "circuits gates dim dim *pair"]:
         if not angles.shape[1]:  # nothing turns
-            return torch.view_as_complex(self.constant).expand(len(angles), -1, -1, -1)
+            return as_working(self.constant.expand(len(angles), -1, -1, -1, -1))
         turned = self.frequency * angles[:, self.columns, None, None, None]
         with_cosine = torch.addcmul(self.constant, self.cosine, turned.cos())
-        return torch.view_as_complex(torch.addcmul(with_cosine, self.sine, turned.sin()))
+        return as_working(torch.addcmul(with_cosine, self.sine, turned.sin()))
 
 
 class Fold:
     """The pure torch program of one or several circuits that differ in their angles and words only.
 
-    All tables are made once, for one dtype and device; `states` and `observables` then call torch alone.
+    All tables are made once, for one dtype and device; `states` and `readout` then call torch alone. Complex matrices
+    are those of `complex_numbers.py`.
 
     Args:
         program: the ansatz; `None` for no circuit at all (then `evolve` is not to be called).
@@ -183,12 +183,12 @@ class Fold:
     ):
         self.num_wires, self.program = num_wires, program
         self._dtype, self._device = dtype, device
-        self.complex_dtype = dtype.to_complex()
         with ordinary_mode():
             self._build(program, words, phases)
 
     def _build(self, program: Program | None, words: Sequence[Sequence[str]], phases: Tensor | None) -> None:
-        self._phases = None if phases is None else self._complex(phases)
+        start = torch.eye(2**self.num_wires)
+        self._start = self._pairs(start if phases is None else start * phases)
         self._bases, self._signs = self._measurement(words)
         self._steps: list[tuple] = []
         if program is not None:
@@ -196,13 +196,11 @@ class Fold:
 
     def evolve(
         self, weights: Float[Tensor, "circuits ..."], num_amplitudes: int
-    ) -> tuple[Complex[Tensor, "circuits dim amplitudes"], Complex[Tensor, "circuits wires 2 2"]]:
+    ) -> tuple[Num[Tensor, "circuits dim amplitudes *pair"], Num[Tensor, "circuits wires 2 2 *pair"]]:
         """The ansatz up to its last one-wire gates, on the first columns of the identity; and those gates."""
         products, dense = self._gate_tables(weights)
-        start = torch.eye(2**self.num_wires, dtype=self.complex_dtype, device=self._device)[:, :num_amplitudes]
-        if self._phases is not None:
-            start = start * self._phases[:num_amplitudes]
-        matrix = start.expand(weights.shape[0], -1, -1)
+        start = self._start[:, :num_amplitudes]
+        matrix = as_working(start.expand(weights.shape[0], *start.shape))
         for kind, *step in self._steps[:-1]:
             if kind == "local":
                 matrix = apply_local(products[step[0]], matrix)
@@ -210,7 +208,7 @@ class Fold:
                 source, phases = step
                 matrix = matrix[:, source]
                 if phases is not None:
-                    matrix = matrix * phases[:, None]
+                    matrix = multiply(as_working(phases[:, None]), matrix)
             else:
                 size, number, wires = step
                 matrix = apply_dense(dense[size][number], wires, self.num_wires, matrix)
@@ -218,15 +216,15 @@ class Fold:
 
     def states(
         self, weights: Float[Tensor, "circuits ..."], num_amplitudes: int
-    ) -> Complex[Tensor, "circuits dim amp"]:
+    ) -> Num[Tensor, "circuits dim amplitudes *pair"]:
         """The first columns of U D: amplitudes in, state out."""
         matrix, last = self.evolve(weights, num_amplitudes)
         return apply_local(last, matrix)
 
     def readout(
         self,
-        matrix: Complex[Tensor, "circuits dim amplitudes"],
-        last: Complex[Tensor, "circuits wires 2 2"] | None = None,
+        matrix: Num[Tensor, "circuits dim amplitudes *pair"],
+        last: Num[Tensor, "circuits wires 2 2 *pair"] | None = None,
     ) -> tuple[Float[Tensor, "circuits rows amplitudes"], Float[Tensor, "circuits rows words"]]:
         """The real matrix `A` and the signs `S` with `v = (A a)^2 S`: all words of all settings at once.
 
@@ -234,16 +232,19 @@ class Fold:
             matrix: takes amplitudes to the state before `last`.
             last: one-wire gates still to be applied, multiplied into the changes of basis.
         """
-        circuits, dim, amplitudes = matrix.shape
+        circuits, dim, amplitudes = matrix.shape[:3]
         groups = self._bases.shape[1]
-        local = self._bases if last is None else self._bases @ last[:, None]
-        matrix = matrix[:, None].expand(-1, groups, -1, -1).reshape(circuits * groups, dim, amplitudes)
-        rotated = apply_local(local.expand(circuits, -1, -1, -1, -1).flatten(0, 1), matrix)
-        rows = torch.view_as_real(rotated).movedim(-1, 1).reshape(circuits, groups * 2 * dim, amplitudes)
+        local = as_working(self._bases.expand(circuits, *self._bases.shape[1:]))
+        if last is not None:
+            local = matmul(local, last[:, None])
+        matrix = matrix[:, None].expand(-1, groups, *matrix.shape[1:]).flatten(0, 1)
+        rotated = apply_local(local.flatten(0, 1), matrix)
+        rows = as_pairs(rotated).movedim(-1, 1).reshape(circuits, groups * 2 * dim, amplitudes)
         return rows, self._signs
 
-    def _complex(self, values) -> Tensor:
-        return torch.as_tensor(values).to(device=self._device, dtype=self.complex_dtype)
+    def _pairs(self, values) -> Tensor:
+        numbers = torch.as_tensor(values).to(device=self._device, dtype=self._dtype.to_complex())
+        return torch.view_as_real(numbers).contiguous()
 
     def _measurement(self, words: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """Changes of basis (circuits, settings, wires, 2, 2) and signs (circuits, settings * 2 * dim, words)."""
@@ -258,7 +259,7 @@ class Fold:
                 for word in members:
                     signs[circuit, setting, :, :, word] = word_signs(words[circuit][word])
         signs = torch.as_tensor(signs.reshape(len(words), -1, signs.shape[-1]))
-        return self._complex(bases), signs.to(device=self._device, dtype=self._dtype)
+        return self._pairs(bases), signs.to(device=self._device, dtype=self._dtype)
 
     def _compile(self, program: Program) -> None:
         # Gates are listed in the order in which they are used, those on as many wires together.
@@ -275,7 +276,7 @@ class Fold:
                         gates[1].append(chain[place] if place < len(chain) else _identity(wire))
                 self._steps.append(("local", len(self._chains) - 1))
             elif isinstance(step, _Monomial):
-                phases = None if np.allclose(step.phases, 1) else self._complex(step.phases)
+                phases = None if np.allclose(step.phases, 1) else self._pairs(step.phases)
                 self._steps.append(("monomial", torch.as_tensor(step.source, device=self._device), phases))
             else:
                 self._steps.append(("dense", len(step.gate.wires), len(gates[len(step.gate.wires)]), step.gate.wires))
@@ -300,7 +301,7 @@ class Fold:
         for depth in self._chains:
             product = next(places)
             for _ in range(depth - 1):
-                product = next(places) @ product
+                product = matmul(next(places), product)
             products.append(product)
         return products, {size: table.unbind(1) for size, table in tables.items()}
 
@@ -334,25 +335,27 @@ class Memory:
 
 
 def apply_local(
-    gates: Complex[Tensor, "batch wires 2 2"], matrix: Complex[Tensor, "batch dim columns"]
-) -> Complex[Tensor, "batch dim columns"]:
+    gates: Num[Tensor, "batch wires 2 2 *pair"], matrix: Num[Tensor, "batch dim columns *pair"]
+) -> Num[Tensor, "batch dim columns *pair"]:
     """One gate on every wire, several wires at a time."""
-    batch, dim, columns = matrix.shape
+    (batch, dim, columns), pair = matrix.shape[:3], matrix.shape[3:]
     first = 0
     for part in gates.split(BLOCK_WIRES, dim=1):
         block = _kronecker(part)
-        parts = matrix.reshape(batch, 2**first, block.shape[1], -1)
-        matrix = (block[:, None] @ parts).reshape(batch, dim, columns)
+        size, rest = block.shape[1], dim // (2**first * block.shape[1]) * columns
+        parts = matrix.reshape(batch, 2**first, size, rest, *pair)
+        matrix = matmul(block[:, None], parts).reshape(batch, dim, columns, *pair)
         first += part.shape[1]
     return matrix
 
 
-def _kronecker(gates: Complex[Tensor, "batch wires 2 2"]) -> Complex[Tensor, "batch dim dim"]:
+def _kronecker(gates: Num[Tensor, "batch wires 2 2 *pair"]) -> Num[Tensor, "batch dim dim *pair"]:
     """The Kronecker product of the gates of all wires, by pairs, pairs of pairs and so on."""
 
     def product(left: Tensor, right: Tensor) -> Tensor:
-        number, size = left.shape[1], left.shape[2] * right.shape[2]
-        return (left[..., :, None, :, None] * right[..., None, :, None, :]).reshape(-1, number, size, size)
+        number, size, pair = left.shape[1], left.shape[2] * right.shape[2], left.shape[4:]
+        spread = multiply(left[:, :, :, None, :, None], right[:, :, None, :, None, :])
+        return spread.reshape(-1, number, size, size, *pair)
 
     last = None
     while (wires := gates.shape[1]) > 1:
@@ -364,19 +367,19 @@ def _kronecker(gates: Complex[Tensor, "batch wires 2 2"]) -> Complex[Tensor, "ba
 
 
 def apply_dense(
-    gates: Complex[Tensor, "batch sub sub"],
+    gates: Num[Tensor, "batch sub sub *pair"],
     wires: Sequence[int],
     num_wires: int,
-    matrix: Complex[Tensor, "batch dim columns"],
-) -> Complex[Tensor, "batch dim columns"]:
+    matrix: Num[Tensor, "batch dim columns *pair"],
+) -> Num[Tensor, "batch dim columns *pair"]:
     """A gate on some of the wires."""
-    batch, dim, columns = matrix.shape
+    (batch, dim, columns), pair = matrix.shape[:3], matrix.shape[3:]
     axes = [wire + 1 for wire in wires]
     front = list(range(1, len(wires) + 1))
-    parts = matrix.reshape(batch, *[2] * num_wires, columns).movedim(axes, front)
-    shape = parts.shape
-    parts = gates @ parts.reshape(batch, gates.shape[1], -1)
-    return parts.reshape(shape).movedim(front, axes).reshape(batch, dim, columns)
+    parts = matrix.reshape(batch, *[2] * num_wires, columns, *pair).movedim(axes, front)
+    shape, size = parts.shape, gates.shape[1]
+    parts = matmul(gates, parts.reshape(batch, size, dim // size * columns, *pair))
+    return parts.reshape(shape).movedim(front, axes).reshape(batch, dim, columns, *pair)
 
 
 def check_foldable(circuit: Circuit, num_circuits: int) -> None:

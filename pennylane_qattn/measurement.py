@@ -1,7 +1,8 @@
 r"""Pauli words of folded circuits, from the states: :math:`v_w = \langle a|M^\dagger P_w M|a\rangle`.
 
 :math:`a` are the encoded amplitudes of a token, and :math:`M` takes them to the state. Here the words are evaluated in
-the state, by kernels of the CPU; `Fold.readout` with `quadratic.py` does the same by changes of basis, on any device.
+the state, by kernels of the CPU or of CUDA, or by what `torch.compile` makes for a GPU; `Fold.readout` with
+`quadratic.py` does the same by changes of basis, on any device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn import cuda_kernels, kernels
+from pennylane_qattn.fused_words import FusedWords
 from pennylane_qattn.observables import group_words
-from pennylane_qattn.transforms import is_batched
+from pennylane_qattn.transforms import is_batched, ordinary_mode
 from pennylane_qattn.word_kernels import Terms, WordTable, WordTables, measure, measure_backward
 
 #: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
@@ -25,6 +27,8 @@ FEWEST_TOKENS = 32
 _SMALL_MATRICES = 2**16
 #: What a term of a kernel costs, counted in multiplications of a matrix product.
 _TERM_COST = 4
+#: Devices for which compiled calls evaluate words in the state.
+FUSED = ("cuda",)
 #: Rows of the states stand at addresses that do not fall together in the cache.
 _APART = 16
 
@@ -41,21 +45,35 @@ class WordMeasurement:
         self.words, self.is_complex = [tuple(head) for head in words], is_complex
         self._tables: dict[torch.dtype, WordTables] = {}
         self._on_devices: dict[tuple[torch.dtype, torch.device], cuda_kernels.DeviceWords] = {}
+        self._fused: dict[tuple[torch.dtype, torch.device], FusedWords] = {}
         self._distinct = max(len(set(head)) for head in self.words)
         self._settings: int | None = None
 
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes what compiled calls need, ahead of the first."""
+        if device.type in FUSED and (dtype, device) not in self._fused:
+            with ordinary_mode():
+                like, rows = torch.empty(0, dtype=dtype, device=device), 2 ** len(self.words[0][0])
+                rows = 2 * rows if self.is_complex else rows
+                self._fused[dtype, device] = FusedWords(self._of(dtype).heads, rows, like)
+            self._count_settings()
+
     def serves(self, a: Float[Tensor, "#heads tokens amplitudes"]) -> bool:
         """Whether the words are evaluated here: kernels are there, and take less than changes of basis."""
-        on_gpu = cuda_kernels.serve(a)
+        is_fused = torch.compiler.is_dynamo_compiling() and (a.dtype, a.device) in self._fused
+        on_gpu = is_fused or cuda_kernels.serve(a)
         if not (on_gpu or kernels.serve(a)):
             return False
-        if self._settings is None:
-            self._settings = max(len(group_words(head)) for head in self.words)
-        amplitudes, words = a.shape[-1], len(self.words[0])
-        matrices = len(self.words) * self._settings * 2 ** len(self.words[0][0]) * amplitudes
+        settings, amplitudes, words = self._count_settings(), a.shape[-1], len(self.words[0])
+        matrices = len(self.words) * settings * 2 ** len(self.words[0][0]) * amplitudes
         if not on_gpu and a.shape[1] < FEWEST_TOKENS and matrices <= _SMALL_MATRICES:
             return False
-        return amplitudes + _TERM_COST * self._distinct <= self._settings * (amplitudes + words)
+        return amplitudes + _TERM_COST * self._distinct <= settings * (amplitudes + words)
+
+    def _count_settings(self) -> int:
+        if self._settings is None:
+            self._settings = max(len(group_words(head)) for head in self.words)
+        return self._settings
 
     def __call__(
         self, a: Float[Tensor, "#heads tokens amplitudes"], rows: Float[Tensor, "heads rows amplitudes"]
@@ -66,6 +84,8 @@ class WordMeasurement:
             a: encoded amplitudes, one set for all heads or one for each.
             rows: :math:`M` of each head, real rows and, where states are complex, imaginary ones below.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._fused[a.dtype, a.device](rows @ a.transpose(1, 2))
         tables = self._of(a.dtype)
         if not cuda_kernels.serve(a):
             return _Measure.apply(a, rows, tables)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pennylane_qattn.ansatz import ANSATZE, Ansatz
+from pennylane_qattn.complex_numbers import real_and_imaginary
 from pennylane_qattn.devices import Meter
 from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding, normalise
 from pennylane_qattn.execution import Execution, as_execution
@@ -77,9 +78,9 @@ class ReuploadedFeatureMap(_MeasuredFeatureMap):
         dtype = torch.promote_types(x.dtype, self.weights.dtype)
         x, weights = x.to(dtype), self.weights.to(dtype)
         fold = self._fold(dtype, x.device)
-        first = fold.states(weights[:, 0], self.in_features)
+        first = [part.transpose(1, 2) for part in real_and_imaginary(fold.states(weights[:, 0], self.in_features))]
         unit = normalise(x)
-        real, imaginary = unit @ first.real.transpose(1, 2), unit @ first.imag.transpose(1, 2)
+        real, imaginary = unit @ first[0], unit @ first[1]
         phases = F.pad(x, (0, 2**self.num_wires - self.in_features)) * self.phase_scale.to(dtype)[:, None, None]
         cosine, sine = phases.cos(), phases.sin()
         state = torch.cat((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1)
