@@ -1,9 +1,9 @@
 """Arithmetic of complex numbers that torch.compile and torch.export can take.
 
 Inductor has no code for complex numbers and leaves each such operation to torch; nor do other runtimes take them. So
-while a call is compiled or transformed, complex tensors are pairs of real numbers, real and imaginary part in a last axis
-of size 2; and complex tensors of torch, which are faster, in any other call. What is written in `multiply` and `matmul`
-and in changes of shape serves both.
+while a call is compiled or transformed, complex tensors are pairs of real numbers, real and imaginary part in a last
+axis of size 2; and complex tensors of torch, which are faster, in any other call. What is written in `multiply` and
+`matmul` and in changes of shape serves both.
 """
 
 import torch
