@@ -82,7 +82,7 @@ napoleon_attr_annotations = False
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|torchmetrics|transformers|numpy|np|pennylane|lightning|jsonargparse|matplotlib|rich)\..*"),
     ("py:.*", r"(abc|argparse|collections|os|pathlib|typing)\..*"),
-    ("py:.*", r"(Tensor|ndarray|Float|Float64|Bool|Int|Int64|Complex|Shaped)"),
+    ("py:.*", r"(Tensor|ndarray|Float|Float64|Bool|Int|Int64|Complex|Num|Shaped)"),
     ("py:.*", r"(OpenAIGPTLMHeadModel|PreTrainedTokenizerFast)"),
     ("py:.*", r"pennylane_qattn\.registry\.Described"),  # a type variable
     ("py:.*", r"(dict|list|tuple)\[.*"),
