@@ -187,8 +187,7 @@ class Fold:
             self._build(program, words, phases)
 
     def _build(self, program: Program | None, words: Sequence[Sequence[str]], phases: Tensor | None) -> None:
-        start = torch.eye(2**self.num_wires)
-        self._start = self._pairs(start if phases is None else start * phases)
+        self._phases = self._pairs(torch.ones(2**self.num_wires) if phases is None else phases)
         self._bases, self._signs = self._measurement(words)
         self._steps: list[tuple] = []
         if program is not None:
@@ -199,7 +198,8 @@ class Fold:
     ) -> tuple[Num[Tensor, "circuits dim amplitudes *pair"], Num[Tensor, "circuits wires 2 2 *pair"]]:
         """The ansatz up to its last one-wire gates, on the first columns of the identity; and those gates."""
         products, dense = self._gate_tables(weights)
-        start = self._start[:, :num_amplitudes]
+        start = torch.eye(2**self.num_wires, dtype=self._dtype, device=self._device)[:, :num_amplitudes, None]
+        start = start * self._phases[:num_amplitudes]
         matrix = as_working(start.expand(weights.shape[0], *start.shape))
         for kind, *step in self._steps[:-1]:
             if kind == "local":
