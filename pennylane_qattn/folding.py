@@ -318,20 +318,23 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._weights: Tensor | None = None
-        self._key: Any = None
-        self._result: Any = None
+        #: Weights, key and result, read and written as one: threads may share a module.
+        self._kept: tuple[Tensor, Any, Any] | None = None
 
     def __call__(self, function: Callable[[], Any], weights: Tensor, key: Any = None) -> Any:
         """`function()`, or what it gave last time if neither `weights` nor `key` has changed since."""
         if (torch.is_grad_enabled() and weights.requires_grad) or is_transformed():
             return function()
         key = (key, torch.is_inference_mode_enabled())  # autograd keeps no tensor of inference mode, even a constant
-        held = self._weights
-        comparable = held is not None and (held.dtype, held.device) == (weights.dtype, weights.device)
-        if not (comparable and self._key == key and torch.equal(held, weights)):
-            self._weights, self._key, self._result = weights.detach().clone(), key, function()
-        return self._result
+        kept = self._kept
+        if kept is not None:
+            held, of, result = kept
+            comparable = (of, held.dtype, held.device) == (key, weights.dtype, weights.device)
+            if comparable and torch.equal(held, weights):
+                return result
+        copied, result = weights.detach().clone(), function()
+        self._kept = copied, key, result
+        return result
 
 
 def apply_local(

@@ -19,7 +19,7 @@ from pennylane_qattn import (
 )
 from pennylane_qattn.execution import make_executor
 from pennylane_qattn.executor import FoldedExecutor
-from pennylane_qattn.folding import fuse
+from pennylane_qattn.folding import Memory, fuse
 from pennylane_qattn.observables import draw_words
 
 
@@ -178,6 +178,25 @@ def test_pennylane_is_not_called_when_run(monkeypatch, rng):
         monkeypatch.setattr(qml, name, None)
     monkeypatch.setattr(qml.tape, "QuantumScript", None)
     assert feature_map(torch.randn(2, 3, 6, generator=rng)).shape == (2, 2, 3, 5)
+
+
+def test_a_memory_is_shared_by_threads(monkeypatch):
+    """Another caller whose weights are others may come in between at any point: each has the result of its own."""
+    memory, equal = Memory(), torch.equal
+    ours, others = torch.zeros(3), torch.ones(3)
+
+    def interrupted(*pair):
+        found = equal(*pair)
+        monkeypatch.undo()
+        assert memory(lambda: "theirs", others) == "theirs"
+        return found
+
+    with torch.no_grad():
+        assert memory(lambda: "ours", ours) == "ours"
+        monkeypatch.setattr(torch, "equal", interrupted)
+        assert memory(lambda: "ours", ours) == "ours"
+        assert memory(lambda: "made anew", others) == "theirs"
+        assert memory(lambda: "made anew", ours) == "made anew"
 
 
 def test_too_large_a_fold_is_refused():
