@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn import cuda_kernels, kernels
-from pennylane_qattn.transforms import is_batched
+from pennylane_qattn.transforms import is_plain
 
 #: Numbers that are prepared faster by the formula as it stands.
 FEWEST_NUMBERS = 2**14
@@ -52,7 +52,7 @@ def augment(
     on_gpu = cuda_kernels.serve_vectors(x)
     if on_gpu or (kernels.serve(x) and x.numel() >= FEWEST_NUMBERS):  # a traced program asks for no size
         factors = [f if isinstance(f, Tensor) else _of_all_heads(x, f, on_gpu) for f in (factor, norm_factor)]
-        if all(f.dtype == x.dtype and not is_batched(f) for f in factors):
+        if all(f.dtype == x.dtype and is_plain(f) for f in factors):
             return _Augment.apply(x, *factors, layout)
     factor, norm_factor = (f[:, None, None] if isinstance(f, Tensor) else f for f in (factor, norm_factor))
     ends = [x.new_zeros(())] * (layout.width - x.shape[-1])

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pennylane_qattn.kernels import SWITCH
-from pennylane_qattn.transforms import is_batched, is_transformed, ordinary_mode
+from pennylane_qattn.transforms import is_plain, is_transformed, ordinary_mode
 from pennylane_qattn.word_kernels import Terms, WordTable
 
 try:
@@ -39,7 +39,7 @@ def serve(*tensors: Tensor) -> bool:
     """Whether kernels are there, and can work on these: float32 or float64 on a CUDA device, no transformed call."""
     if triton is None or os.environ.get(SWITCH, "1") == "0" or is_transformed():
         return False
-    return all(t.is_cuda and t.dtype in (torch.float32, torch.float64) and not is_batched(t) for t in tensors)
+    return all(t.is_cuda and t.dtype in (torch.float32, torch.float64) and is_plain(t) for t in tensors)
 
 
 def serve_vectors(*tensors: Tensor) -> bool:

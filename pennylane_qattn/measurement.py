@@ -192,7 +192,7 @@ def _gradients(ctx, upstream: Tensor, by_kernels: Callable) -> tuple[Tensor | No
             return by_inputs, by_rows
         if is_batched(upstream):
             return plain_gradients(a, rows, ctx.tables, upstream)
-        return by_kernels(ctx, upstream.contiguous())
+        return by_kernels(ctx, upstream.resolve_neg().contiguous())
 
 
 def plain_words(a: Tensor, rows: Tensor, tables: Sequence[WordTable]) -> Tensor:

@@ -23,6 +23,14 @@ def is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its numbers as they are: not batched, and no view that stands for their negatives.
+
+    Such a view is the imaginary part of a conjugate, `z.conj().imag`; operations of torch change the sign as they read.
+    """
+    return not is_batched(tensor) and not tensor.is_neg()
+
+
 @contextlib.contextmanager
 def ordinary_mode() -> Iterator[None]:
     """Outside inference mode and autocast, with gradients: for what is made once and used in any mode later."""

@@ -1,0 +1,116 @@
+"""What runs the kernels of the CPU: without a cache, on views, and in threads."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from pennylane_qattn import CircuitFeatureMap, QuadraticFeatureMap, kernels
+from pennylane_qattn.augmentation import Layout, augment
+
+pytestmark = pytest.mark.skipif(kernels.numba is None, reason="Numba is not installed")
+
+SCRIPT = """
+import numba.core.caching as caching
+import torch
+
+def refuse(self):
+    raise OSError("read-only file system")
+
+for kind in vars(caching).values():
+    if isinstance(kind, type) and hasattr(kind, "ensure_cache_path"):
+        kind.ensure_cache_path = refuse
+
+from pennylane_qattn import kernels
+from pennylane_qattn.encoding import normalise
+
+assert kernels.serve(torch.ones(1))
+torch.testing.assert_close(normalise(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))
+"""
+
+
+def test_no_folder_for_machine_code():
+    """As in a read-only image without a home directory: kernels are compiled, and not kept."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def negative_view(shape, rng):
+    """A view that stands for the negatives of what its memory holds."""
+    view = torch.randn(*shape, dtype=torch.complex128, generator=rng).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("kind", [CircuitFeatureMap, QuadraticFeatureMap])
+def test_negative_views(kind, rng):
+    torch.manual_seed(0)
+    feature_map = kind(8, 2, 5).double()
+    x = negative_view((2, 7, 8), rng)
+    values = feature_map(x)
+    torch.testing.assert_close(values, feature_map(x.resolve_neg()), rtol=1e-12, atol=1e-12)
+    parameters = list(feature_map.parameters())
+    upstream = negative_view(values.shape, rng)
+    found = torch.autograd.grad(values, parameters, upstream, retain_graph=True)
+    wanted = torch.autograd.grad(values, parameters, upstream.resolve_neg())
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_negative_views_are_augmented(rng):
+    layout = Layout(norm=0, ones=(1,), width=7)
+    x, factor = negative_view((3, 2, 4, 5), rng), negative_view((2,), rng)
+    found, wanted = augment(x, factor, -1.0, layout), augment(x.resolve_neg(), factor.resolve_neg(), -1.0, layout)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def threads_of_kernels():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("qattn-kernel")]
+
+
+def test_one_pool_grows(monkeypatch):
+    """Any number of threads leaves the largest pool alone, and no token is left out or done twice."""
+    monkeypatch.setattr(kernels, "_pool", pool := kernels._Pool())
+
+    def work(counts, first, last):
+        time.sleep(0.01)  # so that every part needs a thread of its own
+        counts[first:last] += 1
+
+    before = set(threads_of_kernels())
+    for parts in (2, 3, 5, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda parts=parts: parts)
+        counts = torch.zeros(5000)
+        kernels.run(work, 5000, counts)
+        assert (counts == 1).all()
+    assert pool._size == 4
+    until = time.monotonic() + 20
+    while len(left := set(threads_of_kernels()) - before) > 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(left) == 4
+    pool._executor.shutdown()
+
+
+def test_callers_share_the_pool(monkeypatch):
+    """Nobody is handed a pool that another caller has just shut down."""
+    monkeypatch.setattr(kernels, "_pool", pool := kernels._Pool())
+    failures = []
+
+    def call(size):
+        for parts in range(1, size):
+            done = []
+            try:
+                for each in pool.submit(parts, done.append):
+                    each.result()
+            except RuntimeError as error:
+                failures.append(error)
+            failures.extend(set(range(parts)) - set(done))
+
+    callers = [threading.Thread(target=call, args=(30,)) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failures
+    pool._executor.shutdown()
