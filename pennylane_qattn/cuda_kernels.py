@@ -29,8 +29,6 @@ except ImportError:
 
 #: Tokens of a program of `_word_values` and `_word_slopes`, one per lane; and words, or rows, that it works off.
 _LANES, _SUMS = 128, 8
-#: Terms that are added at a time (`word_kernels.Terms`).
-_AT_ONCE = 4
 #: Numbers that a program of the other kernels holds; longer vectors are left to torch.
 _HELD = 4096
 
@@ -318,17 +316,14 @@ class _Sums:
     coefficient: Tensor
 
     @classmethod
-    def of(cls, sums: Sequence[Sequence[tuple[int, int, float]]], like: Tensor) -> "_Sums":
-        filled = [[*terms, *[(0, 0, 0.0)] * (-len(terms) % _AT_ONCE)] for terms in sums]
-        terms = np.array([term for terms in filled for term in terms], dtype=np.float64).reshape(-1, 3)
-        starts = np.cumsum([0, *map(len, filled)])
-        left, right, coefficient = map(np.ascontiguousarray, terms.T)  # kernels read what lies side by side
+    def of(cls, heads: Sequence[Terms], like: Tensor) -> "_Sums":
+        terms = Terms.joined(heads)
 
         def places(array: np.ndarray) -> Tensor:
             return torch.as_tensor(array, dtype=torch.int32, device=like.device)
 
-        numbers = torch.as_tensor(coefficient, dtype=like.dtype, device=like.device)
-        return cls(places(starts), places(left), places(right), numbers)
+        numbers = torch.as_tensor(terms.coefficient, dtype=like.dtype, device=like.device)
+        return cls(places(terms.starts), places(terms.left), places(terms.right), numbers)
 
 
 class DeviceWords:
@@ -341,16 +336,8 @@ class DeviceWords:
 
     def __init__(self, tables: Sequence[WordTable], like: Tensor):
         self.words = len(tables[0].place)
-        values: list[list[tuple[int, int, float]]] = []
-        derivatives: list[list[tuple[int, int, float]]] = []
-        for table in tables:
-            sums = _sums_of(table.values)
-            values += [sums[distinct] for distinct in table.place]
-            # a word that is given several times has a gradient for each
-            given = [np.flatnonzero(table.place == distinct) for distinct in range(len(sums))]
-            for row in _sums_of(table.derivatives):
-                derivatives.append([(int(j), right, c) for word, right, c in row if c for j in given[word]])
-        self._values, self._derivatives = _Sums.of(values, like), _Sums.of(derivatives, like)
+        self._values = _Sums.of([table.values.take(table.place) for table in tables], like)
+        self._derivatives = _Sums.of([_by_given_words(table) for table in tables], like)
 
     def values(self, states: Float[Tensor, "heads rows tokens"]) -> Float[Tensor, "heads tokens words"]:
         """The values of the words."""
@@ -387,10 +374,15 @@ class DeviceWords:
         return out
 
 
-def _sums_of(terms: Terms) -> list[list[tuple[int, int, float]]]:
-    columns = terms.left, terms.right, terms.coefficient
-    edges = zip(terms.starts[:-1], terms.starts[1:], strict=True)
-    return [
-        [(int(left), int(right), float(c)) for left, right, c in zip(*(column[a:b] for column in columns), strict=True)]
-        for a, b in edges
-    ]
+def _by_given_words(table: WordTable) -> Terms:
+    """The derivatives' terms, where a word that is given several times has a gradient for each."""
+    terms, of_row = table.derivatives, table.derivatives.of_sum
+    there = terms.coefficient != 0
+    of_row, word, right, coefficient = (t[there] for t in (of_row, terms.left, terms.right, terms.coefficient))
+    times = np.bincount(table.place, minlength=len(table.values.starts) - 1)
+    places, firsts = np.argsort(table.place, kind="stable"), np.cumsum(times) - times
+    repeats = times[word]
+    of_row, word, right, coefficient = (np.repeat(t, repeats) for t in (of_row, word, right, coefficient))
+    which = np.arange(len(word)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    given = places[firsts[word] + which]
+    return Terms.of(of_row, given, right, coefficient, len(terms.starts) - 1, coefficient.dtype)

@@ -29,8 +29,8 @@ class _Sums:
         sizes = [np.diff(terms.starts) for terms in heads]
         most = max(int(size.max(initial=1)) for size in sizes)
         left, right, coefficient = (np.zeros((len(heads), max(map(len, sizes)), most)) for _ in range(3))
-        for head, (terms, size) in enumerate(zip(heads, sizes, strict=True)):
-            of_sum = np.repeat(np.arange(len(size)), size)
+        for head, terms in enumerate(heads):
+            of_sum = terms.of_sum
             place = np.arange(len(of_sum)) - terms.starts[:-1][of_sum]
             left[head, of_sum, place] = terms.left + head * lefts
             right[head, of_sum, place] = terms.right + head * rights

@@ -16,7 +16,7 @@ from pennylane_qattn import cuda_kernels, kernels
 from pennylane_qattn.fused_words import FusedWords
 from pennylane_qattn.observables import group_words
 from pennylane_qattn.transforms import is_batched, ordinary_mode
-from pennylane_qattn.word_kernels import Terms, WordTable, WordTables, measure, measure_backward
+from pennylane_qattn.word_kernels import WordTable, WordTables, measure, measure_backward
 
 #: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
 BLOCK_ELEMENTS = 2**18
@@ -203,7 +203,7 @@ def plain_words(a: Tensor, rows: Tensor, tables: Sequence[WordTable]) -> Tensor:
         terms = table.values
         left, right, coefficient, of_word, place = (
             torch.as_tensor(t, device=a.device)
-            for t in (terms.left, terms.right, terms.coefficient, _numbers_of(terms), table.place)
+            for t in (terms.left, terms.right, terms.coefficient, terms.of_sum, table.place)
         )
         products = head[:, left] * head[:, right] * coefficient
         sums = head.new_zeros(len(head), len(terms.starts) - 1).index_add(1, of_word, products)
@@ -218,7 +218,7 @@ def plain_gradients(a: Tensor, rows: Tensor, tables: Sequence[WordTable], upstre
         terms = table.derivatives
         word, row, coefficient, of_row, place = (
             torch.as_tensor(t, device=a.device)
-            for t in (terms.left, terms.right, terms.coefficient, _numbers_of(terms), table.place)
+            for t in (terms.left, terms.right, terms.coefficient, terms.of_sum, table.place)
         )
         applied = states.new_zeros(len(states), len(table.values.starts) - 1, states.shape[1])  # 2 P_w s
         applied.flatten(1).index_add_(1, word * states.shape[1] + of_row, states[:, row] * coefficient)
@@ -229,11 +229,6 @@ def plain_gradients(a: Tensor, rows: Tensor, tables: Sequence[WordTable], upstre
     if a.shape[0] < rows.shape[0]:
         by_inputs = by_inputs.sum(0, keepdim=True)
     return by_inputs, by_states.transpose(1, 2) @ a
-
-
-def _numbers_of(terms: Terms) -> np.ndarray:
-    """To which sum each term belongs."""
-    return np.repeat(np.arange(len(terms.starts) - 1), np.diff(terms.starts))
 
 
 def _buffer(rows: Tensor, tokens: int) -> Tensor:

@@ -43,13 +43,45 @@ class Terms(NamedTuple):
     coefficient: np.ndarray
 
     @classmethod
-    def of(cls, sums: Sequence[Sequence[tuple[int, int, float]]], dtype: np.dtype) -> "Terms":
-        """The sums of `(left, right, coefficient)`, filled up with terms of coefficient 0."""
-        filled = [[*terms, *[(0, 0, 0.0)] * (-len(terms) % _AT_ONCE)] for terms in sums]
-        terms = np.array([term for terms in filled for term in terms], dtype=np.float64).reshape(-1, 3)
-        starts = np.cumsum([0, *map(len, filled)])
-        left, right = (np.ascontiguousarray(column, dtype=np.int64) for column in terms.T[:2])
-        return cls(starts.astype(np.int64), left, right, np.ascontiguousarray(terms[:, 2], dtype=dtype))
+    def of(
+        cls,
+        of_sum: np.ndarray,
+        left: np.ndarray,
+        right: np.ndarray,
+        coefficient: np.ndarray,
+        number: int,
+        dtype: np.dtype,
+    ) -> "Terms":
+        """The terms of so many sums, filled up with terms of coefficient 0; `of_sum` is to which each one belongs."""
+        order = np.argsort(of_sum, kind="stable")
+        of_sum = of_sum[order]
+        sizes = np.bincount(of_sum, minlength=number)
+        starts, firsts = (np.concatenate(([0], np.cumsum(each))) for each in (sizes + -sizes % _AT_ONCE, sizes))
+        place = starts[of_sum] + np.arange(len(of_sum)) - firsts[of_sum]
+        filled = [np.zeros(starts[-1], kind) for kind in (np.int64, np.int64, dtype)]
+        for column, given in zip(filled, (left, right, coefficient), strict=True):
+            column[place] = given[order]
+        return cls(starts, *filled)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Terms"]) -> "Terms":
+        """The sums of all parts, one after the other."""
+        ends = np.cumsum([0, *(part.starts[-1] for part in parts)])
+        starts = [part.starts[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
+        columns = (np.concatenate(column) for column in zip(*(part[1:] for part in parts), strict=True))
+        return cls(np.concatenate([*starts, ends[-1:]]), *columns)
+
+    @property
+    def of_sum(self) -> np.ndarray:
+        """To which sum each term belongs."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    def take(self, sums: np.ndarray) -> "Terms":
+        """Some of the sums, in this order; one of them may come twice."""
+        sizes = np.diff(self.starts)[sums]
+        starts = np.concatenate(([0], np.cumsum(sizes)))
+        terms = np.arange(starts[-1]) + np.repeat(self.starts[:-1][sums] - starts[:-1], sizes)
+        return Terms(starts, *(column[terms] for column in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -77,16 +109,16 @@ class WordTable:
         """
         distinct = list(dict.fromkeys(words))
         dim = 2 ** len(distinct[0])
-        sums: list[list] = []
-        rows: list[list] = [[] for _ in range(2 * dim if is_complex else dim)]
-        for number, word in enumerate(distinct):
-            sums.append([])
-            for left, right, coefficient in _products(word, is_complex):
-                rows[left].append((number, right, 2 * coefficient))
-                if left <= right:  # the matrix of the form is symmetric
-                    sums[-1].append((left, right, coefficient * (1 + (left < right))))
+        products = [_products(word, is_complex) for word in distinct]
+        left, right, coefficient = (np.concatenate(column) for column in zip(*products, strict=True))
+        number = np.repeat(np.arange(len(distinct)), [len(rows) for rows, _, _ in products])
+        upper = left <= right  # the matrix of the form is symmetric
+        doubled = coefficient * (1 + (left < right))
+        values = Terms.of(number[upper], left[upper], right[upper], doubled[upper], len(distinct), dtype)
+        rows = 2 * dim if is_complex else dim
+        derivatives = Terms.of(left, number, right, 2 * coefficient, rows, dtype)
         place = np.array([distinct.index(word) for word in words], dtype=np.int64)
-        return cls(Terms.of(sums, dtype), Terms.of(rows, dtype), place)
+        return cls(values, derivatives, place)
 
 
 @dataclass(frozen=True)
@@ -109,26 +141,24 @@ class WordTables:
     def of(cls, words: Sequence[Sequence[str]], is_complex: bool, dtype: np.dtype) -> "WordTables":
         """The tables of each head's words; the arguments are those of `WordTable.of`."""
         heads = tuple(WordTable.of(head, is_complex, dtype) for head in words)
-        ends = np.cumsum([0, *(head.values.starts[-1] for head in heads)])
-        starts = [head.values.starts[:-1] + end for head, end in zip(heads, ends[:-1], strict=True)]
-        joined = (np.concatenate(columns) for columns in zip(*(head.values[1:] for head in heads), strict=True))
-        firsts = np.cumsum([0, *map(len, starts)])
-        values = Terms(np.concatenate([*starts, ends[-1:]]), *joined)
+        firsts = np.cumsum([0, *(len(head.values.starts) - 1 for head in heads)])
+        values = Terms.joined([head.values for head in heads])
         return cls(heads, firsts, values, np.stack([head.place for head in heads]))
 
 
-def _products(word: str, is_complex: bool) -> list[tuple[int, int, float]]:
-    """All entries `(row, row, c)` of the symmetric matrix of a word's form."""
+def _products(word: str, is_complex: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All entries of the symmetric matrix of a word's form: rows, columns and values."""
     source, phases = word_action(word)
-    dim = len(source)
-    entries = [(b, int(source[b]), phases[b]) for b in range(dim)]
-    found = [(b, other, phase.real) for b, other, phase in entries if phase.real]
-    if is_complex:
-        found += [(dim + b, dim + other, c) for b, other, c in found]
-        for b, other, phase in entries:  # Re(-i c (x_b - i y_b)(x_o + i y_o)) = c (x_b y_o - y_b x_o)
-            if phase.imag:
-                found += [(b, dim + other, -phase.imag), (dim + b, other, phase.imag)]
-    return found
+    dim, states = len(source), np.arange(len(source))
+    if phases[0].imag:  # an odd number of Y
+        if not is_complex:
+            return states[:0], states[:0], np.zeros(0)
+        # Re(-i c (x_b - i y_b)(x_o + i y_o)) = c (x_b y_o - y_b x_o)
+        found = ((states, dim + source, -phases.imag), (dim + states, source, phases.imag))
+    else:
+        found = ((states, source, phases.real), (dim + states, dim + source, phases.real))
+    left, right, coefficient = (np.concatenate(column) for column in zip(*found[: 1 + is_complex], strict=True))
+    return left, right, coefficient
 
 
 @inlined
