@@ -229,7 +229,8 @@ def normalise_backward(
     inverse: Float[Tensor, "*batch 1"],
 ) -> Float[Tensor, "*batch features"]:
     """The gradient by what was normalised."""
-    upstream, gradient = upstream.contiguous(), torch.empty_like(unit)
+    upstream, unit, inverse = upstream.contiguous(), unit.contiguous(), inverse.contiguous()
+    gradient = torch.empty_like(unit)
     number, width = inverse.numel(), unit.shape[-1]
     if number:
         rows, held = _rows_at_once(width)
@@ -287,12 +288,13 @@ def augment_backward(
 ) -> Float[Tensor, "batch heads seq features"]:
     """The gradient by `x`, from what `augment` gave."""
     batch, heads, seq, width = out.shape
+    ordered = out.transpose(1, 2).contiguous()  # as `augment` wrote it, unless a hook for saved tensors copied it
     gradient = out.new_empty(batch, seq, heads, features)
     if number := batch * seq * heads:
         rows, held = _rows_at_once(width)
         with torch.cuda.device_of(out):
             _augment_backward[triton.cdiv(number, rows),](
-                *(out, upstream, factor.contiguous(), norm_factor.contiguous(), gradient),
+                *(ordered, upstream, factor.contiguous(), norm_factor.contiguous(), gradient),
                 *(number, features, heads, seq),
                 *(upstream.stride(0), upstream.stride(1), upstream.stride(2), upstream.stride(3)),
                 NORM=-1 if norm is None else norm,

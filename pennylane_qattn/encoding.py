@@ -163,7 +163,7 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: keep the dependence on x
             unit, inverse, _ = _unit_and_scale(x)
         elif kernels.serve(unit, upstream):
-            gradient = torch.empty_like(unit)
+            gradient = torch.empty_like(unit, memory_format=torch.contiguous_format)
             rows = [t.reshape(-1, t.shape[-1]) for t in (upstream, unit, inverse, gradient)]
             kernels.run(_normalise_rows_backward, len(rows[0]), *rows)
             return gradient

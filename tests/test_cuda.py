@@ -116,6 +116,47 @@ def test_same_numbers_twice(make, x):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("is_offloaded", [True, False])
+def test_hooks_for_saved_tensors_may_copy_them(make, is_offloaded, x):
+    """What is saved comes back in memory of its own, side by side, whatever strides it had."""
+    module, x = make().double().cuda(), x.cuda()
+    expected = value_and_gradients(module, x)
+    repacked = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.clone(memory_format=torch.contiguous_format), lambda tensor: tensor
+    )
+    with torch.autograd.graph.save_on_cpu(pin_memory=True) if is_offloaded else repacked:
+        found = value_and_gradients(module, x)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_negative_views(make):
+    """Kernels of a device read memory, where such a view has the other sign."""
+    module = make().double().cuda()
+    x = torch.randn(BATCH, SEQ, EMBED, dtype=torch.complex128, device="cuda").conj().imag
+    upstream = torch.randn(BATCH, SEQ, EMBED, dtype=torch.complex128, device="cuda").conj().imag
+    assert x.is_neg() and upstream.is_neg()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    views, plain = (module(each) for each in (x, x.resolve_neg()))
+    torch.testing.assert_close(views, plain, rtol=1e-11, atol=1e-11)
+    found = torch.autograd.grad(views, parameters, upstream)
+    wanted = torch.autograd.grad(plain, parameters, upstream.resolve_neg())
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_words_that_are_written_into(x):
+    """What is derived from words on the device follows them, and reads them only when they have changed."""
+    feature_map = CircuitFeatureMap(EMBED, HEADS, 5).double().cuda()
+    before = feature_map(x.cuda())
+    executor = feature_map.executor
+    assert feature_map._mark is not None and torch.equal(feature_map(x.cuda()), before)
+    assert feature_map.executor is executor
+    feature_map.word_codes.copy_(feature_map.word_codes % 3 + 1)
+    after = feature_map(x.cuda())
+    torch.testing.assert_close(after.cpu(), copy.deepcopy(feature_map).cpu()(x), rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(after, before)
+
+
 @pytest.mark.parametrize("name", ["classical", "qisa", "gaussian", "grover"])
 def test_certified(name):
     module = build_attention(name, EMBED, HEADS, BLOCK).cuda()
