@@ -58,7 +58,7 @@ class Executor(ABC):
 
     @abstractmethod
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes ready for weights of that dtype and device, ahead of the first call."""
+        """Makes ready for weights of that dtype and device, ahead of the first call; forgets what others needed."""
 
 
 class FoldedExecutor(Executor):
@@ -99,6 +99,13 @@ class FoldedExecutor(Executor):
         return self._states(compute, weights, width)
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        if self._folds.keys() - {(dtype, device)}:
+            self._folds = {key: fold for key, fold in self._folds.items() if key == (dtype, device)}
+            self._readouts, self._states = Memory(), Memory()
+            self._words.keep_only(dtype, device)
+        self._fold(dtype, device)
+
+    def _fold(self, dtype: torch.dtype, device: torch.device) -> Fold:
         if (dtype, device) not in self._folds:
             first = self.circuits[0]
             self._folds[dtype, device] = Fold(
@@ -110,9 +117,10 @@ class FoldedExecutor(Executor):
                 device=device,
             )
             self._words.prepare(dtype, device)
+        return self._folds[dtype, device]
 
     def _prepared(self, x: Tensor, weights: Tensor) -> tuple[Tensor, int, Fold]:
         """The encoded amplitudes, how many there are, and the fold for these weights."""
-        self.prepare(weights.dtype, weights.device)
+        fold = self._fold(weights.dtype, weights.device)
         amplitudes = self.circuits[0].encoding.amplitudes(x)
-        return amplitudes, amplitudes.shape[-1], self._folds[weights.dtype, weights.device]
+        return amplitudes, amplitudes.shape[-1], fold

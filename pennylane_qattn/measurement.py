@@ -58,6 +58,12 @@ class WordMeasurement:
                 self._fused[dtype, device] = FusedWords(self._of(dtype).heads, rows, like)
             self._count_settings()
 
+    def keep_only(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Lets go of tables of other precisions and devices."""
+        self._tables = {of: tables for of, tables in self._tables.items() if of == dtype}
+        self._on_devices = {of: words for of, words in self._on_devices.items() if of == (dtype, device)}
+        self._fused = {of: words for of, words in self._fused.items() if of == (dtype, device)}
+
     def serves(self, a: Float[Tensor, "#heads tokens amplitudes"]) -> bool:
         """Whether the words are evaluated here: kernels are there, and take less than changes of basis."""
         is_fused = torch.compiler.is_dynamo_compiling() and (a.dtype, a.device) in self._fused
