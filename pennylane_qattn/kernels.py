@@ -7,9 +7,8 @@ on other processors, under `torch.compile` and under `torch.func`, torch compute
 
 import inspect
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -64,33 +63,29 @@ def run(kernel: Callable, tokens: int, *arguments: Tensor | np.ndarray | int) ->
     plain = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     parts = max(1, min(torch.get_num_threads(), tokens // _SHARE))
     edges = [tokens * part // parts // _STEP * _STEP for part in range(parts)] + [tokens]
-    others = _pool.submit(parts - 1, lambda i: kernel(*plain, *edges[i + 1 : i + 3])) if parts > 1 else []
+    others = [_threads(parts - 1).submit(kernel, *plain, *edges[i : i + 2]) for i in range(1, parts)]
     kernel(*plain, *edges[:2])
     for other in others:
         other.result()
 
 
-class _Pool:
-    """The threads beside the caller's: one pool, which is replaced where a larger one is needed."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets the threads, without asking them."""
-        self._lock, self._size = threading.Lock(), 0
-        self._executor: ThreadPoolExecutor | None = None
-
-    def submit(self, parts: int, work: Callable[[int], None]) -> list[Future]:
-        """Starts `work(0)` to `work(parts - 1)`."""
-        with self._lock:  # no other caller may shut down the pool in between
-            if self._executor is None or self._size < parts:
-                if self._executor is not None:
-                    self._executor.shutdown(wait=False)  # what it has been given, it still does
-                self._size, self._executor = parts, ThreadPoolExecutor(parts, thread_name_prefix="qattn-kernel")
-            return [self._executor.submit(work, part) for part in range(parts)]
+#: The threads beside the caller's, and how many they are.
+_pool: tuple[int, ThreadPoolExecutor] | None = None
 
 
-_pool = _Pool()
+def _threads(number: int) -> ThreadPoolExecutor:
+    """That many threads or more: one pool, which a larger one replaces. The threads of a pool that nobody holds end."""
+    global _pool
+    pool = _pool  # read once, since callers may be threads too
+    if pool is None or pool[0] < number:
+        _pool = pool = number, ThreadPoolExecutor(number, thread_name_prefix="qattn-kernel")
+    return pool[1]
+
+
+def _forget_threads() -> None:
+    global _pool
+    _pool = None
+
+
 if hasattr(os, "register_at_fork"):  # a child has the pool and none of its threads, and would wait for them for ever
-    os.register_at_fork(after_in_child=_pool.reset)
+    os.register_at_fork(after_in_child=_forget_threads)
