@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.precision import at_least_float32
 from pennylane_qattn.quadratic import quadratic_forms
+from pennylane_qattn.transforms import is_transformed, is_wrapped, values_of
 
 
 class FeatureMap(nn.Module, ABC):
@@ -109,7 +111,12 @@ class PerHeadFeatureMap(FeatureMap):
 
 
 class _MeasuredFeatureMap(PerHeadFeatureMap):
-    """Base of maps that measure Pauli words. The words are a buffer, so they travel in the checkpoint."""
+    """Base of maps that measure Pauli words. The words are a buffer, so they travel in the checkpoint.
+
+    What is derived from them follows them: a call compares them with those it was made for. A compiled or exported
+    model keeps the words of its compilation; `torch.func` may map over words that are the same in every call, and
+    refuses others. Of words on a GPU, writing through `.data` is not seen.
+    """
 
     def __init__(
         self,
@@ -128,20 +135,69 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
             drawn = [draw_words(out_features, self.num_wires, (*seeds, head)) for head in range(num_heads)]
         else:
             drawn = [check_words(words, self.num_wires)] * num_heads
-        codes = torch.stack([torch.as_tensor(encode_words(head)) for head in drawn])
-        self.register_buffer("word_codes", codes)
+        codes = np.stack([encode_words(head) for head in drawn])
+        self.register_buffer("word_codes", torch.as_tensor(codes))
+        self._measured = codes.copy()
+        self._mark: tuple[Tensor, int, int] | None = None
 
     @property
     def words(self) -> list[tuple[str, ...]]:
         """The Pauli words of each head."""
-        return [decode_words(head) for head in self.word_codes.cpu().numpy()]
+        return [decode_words(head) for head in values_of(self.word_codes)]
+
+    def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
+        if not torch.compiler.is_compiling():
+            self._follow_words()
+        return super().forward(x)
+
+    def _follow_words(self) -> None:
+        """Makes anew what is derived from the words, if they have been written into or replaced.
+
+        Raises:
+            ValueError: if they are no words, or `torch.func` has other ones than the module.
+        """
+        codes, mark = self.word_codes, None
+        if is_wrapped(codes):
+            values = values_of(codes)
+        elif codes.device.type == "cpu":
+            values = codes.detach().numpy()
+            if values.shape == self._measured.shape and values.tobytes() == self._measured.tobytes():
+                return  # in a microsecond
+        else:
+            if not codes.is_inference():
+                mark = codes, codes.data_ptr(), codes._version  # the tensor too: nothing else may take its address
+            if mark and self._mark and self._mark[0] is codes and self._mark[1:] == mark[1:]:
+                return  # reading them would wait for the device
+            values = values_of(codes)
+        if values.shape[-3:] == self._measured.shape and (values == self._measured).all():
+            self._mark = mark
+            return
+        if is_transformed():
+            raise ValueError(
+                "under torch.func the Pauli words are those of the module; got other word_codes: copy them into the "
+                "module before, or leave word_codes out of functional_call"
+            )
+        if values.shape != self._measured.shape:
+            raise ValueError(
+                f"word_codes must have the shape (heads, words, wires) = {self._measured.shape}; got {values.shape}"
+            )
+        _check_codes(codes, "word_codes")
+        self.prepare()
+        self._mark = mark
+
+    def prepare(self) -> None:
+        self._measured, self._mark = values_of(self.word_codes).copy(), None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         codes = state_dict.get(f"{prefix}word_codes")
-        codes = None if codes is None else codes.data  # reads what FSDP has left in the file
-        if codes is not None and (codes.is_floating_point() or ((codes < 0) | (codes > 3)).any()):
-            raise ValueError(f"{prefix}word_codes must hold 0 to 3 for I, X, Y, Z; got {codes.unique().tolist()}")
+        if codes is not None:
+            _check_codes(codes.data, f"{prefix}word_codes")  # `data`: reads what FSDP has left in the file
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_codes(codes: Tensor, name: str) -> None:
+    if codes.is_floating_point() or ((codes < 0) | (codes > 3)).any():
+        raise ValueError(f"{name} must hold 0 to 3 for I, X, Y, Z; got {codes.unique().tolist()}")
 
 
 def default_dtype() -> torch.dtype:
@@ -215,6 +271,7 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         return self.executor.expectations(x.to(dtype), self.weights.to(dtype))
 
     def prepare(self) -> None:
+        super().prepare()
         if not hasattr(self, "weights"):
             return
         if [c.words for c in self.executor.circuits] != self.words:
@@ -295,6 +352,7 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         return quadratic_forms(x, rows, signs)
 
     def prepare(self) -> None:
+        super().prepare()
         if hasattr(self, "weight"):
             self._folds.clear()
             self._readouts = Memory()

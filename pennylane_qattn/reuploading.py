@@ -26,7 +26,7 @@ from pennylane_qattn.encoding import ENCODINGS, AmplitudeEncoding, Encoding, nor
 from pennylane_qattn.execution import Execution, as_execution
 from pennylane_qattn.executor import Executor
 from pennylane_qattn.features import _MeasuredFeatureMap, default_dtype
-from pennylane_qattn.folding import Fold
+from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.planning import Plan
 from pennylane_qattn.quadratic import quadratic_forms
 
@@ -78,18 +78,35 @@ class ReuploadedFeatureMap(_MeasuredFeatureMap):
         dtype = torch.promote_types(x.dtype, self.weights.dtype)
         x, weights = x.to(dtype), self.weights.to(dtype)
         fold = self._fold(dtype, x.device)
-        first = [part.transpose(1, 2) for part in real_and_imaginary(fold.states(weights[:, 0], self.in_features))]
+        to_real, to_imaginary = self._states(lambda: self._first(fold, weights), weights)
         unit = normalise(x)
-        real, imaginary = unit @ first[0], unit @ first[1]
+        real, imaginary = unit @ to_real, unit @ to_imaginary
         phases = F.pad(x, (0, 2**self.num_wires - self.in_features)) * self.phase_scale.to(dtype)[:, None, None]
         cosine, sine = phases.cos(), phases.sin()
         state = torch.cat((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1)
-        rows, signs = fold.readout(*fold.evolve(weights[:, 1], 2**self.num_wires))
-        return quadratic_forms(state, _on_complex(rows, 2**self.num_wires), signs)
+        rows, signs = self._readouts(lambda: self._second(fold, weights), weights)
+        return quadratic_forms(state, rows, signs)
+
+    def _first(
+        self, fold: Fold, weights: Float[Tensor, "heads 2 ..."]
+    ) -> tuple[Float[Tensor, "heads inputs dim"], Float[Tensor, "heads inputs dim"]]:
+        """What takes amplitudes to the real and imaginary parts of the state between the two parts."""
+        real, imaginary = real_and_imaginary(fold.states(weights[:, 0], self.in_features))
+        return real.transpose(1, 2), imaginary.transpose(1, 2)
+
+    def _second(
+        self, fold: Fold, weights: Float[Tensor, "heads 2 ..."]
+    ) -> tuple[Float[Tensor, "heads rows amplitudes"], Float[Tensor, "heads rows words"]]:
+        """Rows and signs of the quadratic forms of that state, real amplitudes followed by imaginary ones."""
+        dim = 2**self.num_wires
+        rows, signs = fold.readout(*fold.evolve(weights[:, 1], dim))
+        return _on_complex(rows, dim), signs
 
     def prepare(self) -> None:
+        super().prepare()
         if hasattr(self, "phase_scale"):
             self._folds.clear()
+            self._states, self._readouts = Memory(), Memory()
             self._fold(self.weights.dtype, self.weights.device)
 
     def _fold(self, dtype: torch.dtype, device: torch.device) -> Fold:

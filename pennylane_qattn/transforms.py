@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,25 @@ def is_plain(tensor: Tensor) -> bool:
     Such a view is the imaginary part of a conjugate, `z.conj().imag`; operations of torch change the sign as they read.
     """
     return not is_batched(tensor) and not tensor.is_neg()
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether `torch.func` has wrapped it: its memory is found by `values_of` alone."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def values_of(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor; where `torch.func.vmap` maps over it, those of all calls, which stand in front."""
+    mapped = []
+    while is_wrapped(tensor):
+        dim = torch._C._functorch.maybe_get_bdim(tensor)
+        mapped += [dim] if dim >= 0 else []
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    with torch._C._DisableFuncTorch():
+        values = tensor.detach().cpu().numpy()
+    for depth, dim in enumerate(reversed(mapped)):
+        values = np.moveaxis(values, dim + depth, depth)
+    return values
 
 
 @contextlib.contextmanager

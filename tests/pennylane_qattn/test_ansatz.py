@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import numpy as np
@@ -10,9 +11,12 @@ from pennylane_qattn import (
     Ansatz,
     BasicEntangler,
     Circuit,
+    CircuitFeatureMap,
     FunctionAnsatz,
     QISAAnsatz,
     StronglyEntangling,
+    kernels,
+    measurement,
 )
 from pennylane_qattn.ansatz import TracedAnsatz
 from pennylane_qattn.execution import FoldedExecutor
@@ -41,6 +45,75 @@ def zigzag(weights, wires):
 )
 def test_shape(ansatz, count):
     assert np.prod(ansatz.shape(5)) == count == np.prod(ansatz.program(5).shape)
+
+
+def of_every_kind(num_wires):
+    """One of every registered ansatz, by name."""
+    own = FunctionAnsatz(zigzag, (2, "wires"))
+    own.program(num_wires)
+    found = [QISAAnsatz(layers=2), StronglyEntangling(layers=2), BasicEntangler(layers=2), own]
+    by_name = {ansatz.name: ansatz for ansatz in (*found, from_plain(own.to_plain()))}
+    assert by_name.keys() == set(ANSATZE)
+    return by_name
+
+
+@pytest.mark.skipif(kernels.numba is None, reason="Numba is not installed")
+@pytest.mark.parametrize("name", list(ANSATZE))
+def test_kernels_change_nothing(name, rng, monkeypatch):
+    """What Numba compiles gives the values and gradients of torch alone."""
+    torch.manual_seed(0)
+    feature_map = CircuitFeatureMap(13, 3, 7, ansatz=of_every_kind(4)[name]).double()
+    x = torch.randn(1, 5, 13, dtype=torch.float64, generator=rng).requires_grad_()
+    ran = []
+    monkeypatch.setattr(kernels, "run", lambda kernel, *rest, run=kernels.run: (ran.append(kernel), run(kernel, *rest)))
+    found = {}
+    for switch in ("1", "0"):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        values = feature_map(x)
+        found[switch] = (values.detach(), *torch.autograd.grad(values.sin().sum(), (x, feature_map.weights)))
+        assert (measurement.measure in ran and measurement.measure_backward in ran) == (switch == "1")
+        ran.clear()
+    for one, other in zip(found["1"], found["0"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+COMPILED = """
+import sys
+
+import pennylane as qml
+import torch
+from pennylane_qattn import ANSATZE, CircuitFeatureMap, FunctionAnsatz
+from pennylane_qattn.registry import from_plain
+
+def zigzag(weights, wires):
+    for wire, angle in zip(wires, weights[0]):
+        qml.RY(torch.tanh(angle) * 2, wires=wire)
+    for left, right in zip(wires, wires[1:]):
+        qml.IsingZZ(weights[1, 0] * weights[1, 1], wires=[left, right])
+
+own = FunctionAnsatz(zigzag, (2, "wires"))
+own.program(3)
+known = {"function": own, "traced": from_plain(own.to_plain())}
+for name in ANSATZE:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    feature_map = CircuitFeatureMap(7, 2, 5, ansatz=known.get(name, name)).double()
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    out, expected = torch.compile(feature_map, fullgraph=True, backend="aot_eager")(x), feature_map(x)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    found, wanted = (torch.autograd.grad(v.sin().sum(), (x, feature_map.weights)) for v in (out, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+    print(name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiles_in_one_graph():
+    """In a process of its own: shape-checked signatures do not compile."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == list(ANSATZE)
 
 
 def test_published_gates_in_order():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import causal_attention, qisa_values, word_matrix
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pennylane_qattn import (
     ATTENTION,
@@ -26,9 +27,11 @@ from pennylane_qattn import (
     PublishedGaussianScore,
     QISAAbsorbed,
     QuadraticFeatureMap,
+    ReuploadedFeatureMap,
     ScaledDotScore,
     StateFeatureMap,
     build_attention,
+    kernels,
 )
 from pennylane_qattn.features import circuit_within
 from pennylane_qattn.folding import Fold
@@ -116,6 +119,21 @@ def test_batched_gradients_are_those_one_by_one(make, x):
     for row, each in enumerate(upstream):
         for one, all_of_them in zip(torch.autograd.grad(out, inputs, each, retain_graph=True), batched, strict=True):
             torch.testing.assert_close(all_of_them[row], one, rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_change_nothing(make, x, monkeypatch):
+    """What Numba compiles gives the values and gradients of torch alone."""
+    if kernels.numba is None:
+        pytest.skip("Numba is not installed")
+    module, x = make().double(), x.requires_grad_()
+    inputs = (x, *(p for p in module.parameters() if p.requires_grad))
+    found = {}
+    for switch in ("1", "0"):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        out = module(x)
+        found[switch] = (out.detach(), *torch.autograd.grad(out.sin().sum(), inputs))
+    for one, other in zip(found["1"], found["0"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunks", [(1,) * SEQ, (3, 1, 3), (SEQ,)])
@@ -338,19 +356,48 @@ def by_precision_and_back(module):
     module.float().double()
 
 
-CHANGES = [by_data, by_numpy, by_load, by_optimizer, by_replacing, by_words, by_precision, by_precision_and_back]
+def by_words_in_place(module):
+    module.word_codes.copy_(module.word_codes % 3 + 1)
+
+
+def by_words_of_numpy(module):
+    module.word_codes.numpy()[...] = module.word_codes % 3 + 1
+
+
+def by_ema_swap(module):
+    """The parameters are exchanged with their moving average, as before an evaluation."""
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average.update_parameters(module)
+    module.weights.data += 1
+    average.update_parameters(module)
+    with torch.no_grad():
+        for ours, mean in zip(module.parameters(), average.module.parameters(), strict=True):
+            kept = ours.clone()
+            ours.copy_(mean)
+            mean.copy_(kept)
+
+
+CHANGES = [
+    *(by_data, by_numpy, by_load, by_optimizer, by_replacing, by_words, by_words_in_place, by_words_of_numpy),
+    *(by_ema_swap, by_precision, by_precision_and_back),
+]
+KEEPING = [CircuitFeatureMap, StateFeatureMap, QuadraticFeatureMap, ReuploadedFeatureMap]
+
+
+def keeps_its_fold(kind):
+    torch.manual_seed(3)
+    feature_map = (kind(EMBED, HEADS) if kind is StateFeatureMap else kind(EMBED, HEADS, 4)).double()
+    if kind is QuadraticFeatureMap:
+        feature_map.register_parameter("weights", feature_map.weight)  # the same tensor under both names
+    return feature_map
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", [CircuitFeatureMap, StateFeatureMap, QuadraticFeatureMap])
+@pytest.mark.parametrize("kind", KEEPING)
 def test_a_kept_fold_is_never_stale(kind, change, x):
     """Where no gradient is wanted, the fold is kept between calls; any change of what it depends on renews it."""
-    if kind is QuadraticFeatureMap:
-        feature_map = kind(EMBED, HEADS, 4).double()
-        feature_map.register_parameter("weights", feature_map.weight)  # the same tensor under both names
-    else:
-        feature_map = (kind(EMBED, HEADS) if kind is StateFeatureMap else kind(EMBED, HEADS, 4)).double()
-    if change is by_words and kind is StateFeatureMap:
+    feature_map = keeps_its_fold(kind)
+    if "words" in change.__name__ and kind is StateFeatureMap:
         pytest.skip("states measure no words")
     if change is by_replacing and kind is QuadraticFeatureMap:
         pytest.skip("would replace the alias only")
@@ -360,31 +407,135 @@ def test_a_kept_fold_is_never_stale(kind, change, x):
     change(feature_map)
     with torch.no_grad():
         after = feature_map(x)
-    # with gradients nothing is kept
+    # with gradients nothing is kept, and a map of its own never had anything else
     torch.testing.assert_close(after, feature_map(x).detach(), rtol=1e-12, atol=1e-12)
+    fresh = keeps_its_fold(kind).to(feature_map.weights.dtype)
+    fresh.load_state_dict(feature_map.state_dict())
+    torch.testing.assert_close(after, fresh(x).detach(), rtol=1e-12, atol=1e-12)
     if "precision" not in change.__name__:
         assert not torch.allclose(before, after)
 
 
-def test_a_kept_fold_and_functional_call(x):
-    feature_map = CircuitFeatureMap(EMBED, HEADS, 4).double()
-    other = {"weights": feature_map.weights.detach() + 1}
+@pytest.mark.parametrize("name", ["weights", "word_codes"])
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_kept_fold_and_functional_call(kind, name, x):
+    if name == "word_codes" and kind is StateFeatureMap:
+        pytest.skip("states measure no words")
+    feature_map, changed = keeps_its_fold(kind), keeps_its_fold(kind)
+    by_numpy(changed) if name == "weights" else by_words(changed)
     with torch.no_grad():
-        before = feature_map(x)
+        before, other = feature_map(x), dict(changed.named_parameters()) | dict(changed.named_buffers())
         swapped = torch.func.functional_call(feature_map, other, x)
-        assert not torch.allclose(swapped, before) and torch.equal(feature_map(x), before)
+        assert torch.equal(swapped, changed(x)) and not torch.allclose(swapped, before)
+        assert torch.equal(feature_map(x), before)
 
 
-def test_the_fold_is_kept_where_no_gradient_is_wanted(x, monkeypatch):
-    feature_map = CircuitFeatureMap(EMBED, HEADS, 4).double()
+@pytest.mark.parametrize("kind", [CircuitFeatureMap, QuadraticFeatureMap, ReuploadedFeatureMap])
+def test_words_under_torch_func(kind, x):
+    """Words that are the module's may be handed in, mapped over or not; others are refused, not ignored."""
+    feature_map, others = keeps_its_fold(kind), keeps_its_fold(kind)
+    by_words(others)
+    parameters, buffers = dict(feature_map.named_parameters()), dict(feature_map.named_buffers())
+
+    def total(parameters, buffers, x):
+        return torch.func.functional_call(feature_map, (parameters, buffers), x).sum()
+
+    (name,) = parameters.keys() & {"weight", "weights"}
+    expected = torch.autograd.grad(feature_map(x).sum(), feature_map.weights)[0]
+    found = torch.func.grad(total)(parameters, buffers, x)[name]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    stacked = torch.func.stack_module_state([feature_map, copy.deepcopy(feature_map)])
+    found = torch.func.vmap(torch.func.grad(total), in_dims=(0, 0, None))(*stacked, x)[name]
+    torch.testing.assert_close(found, expected.expand(2, *expected.shape), rtol=1e-12, atol=1e-12)
+    twice = {"word_codes": feature_map.word_codes.expand(2, 5, *feature_map.word_codes.shape).movedim(1, 3)}
+    over = torch.func.vmap(torch.func.vmap(total, in_dims=(None, 2, None)), in_dims=(None, 0, None))
+    torch.testing.assert_close(over(parameters, twice, x), total(parameters, buffers, x).expand(2, 5))
+    stacked = torch.func.stack_module_state([feature_map, others])
+    for function in (
+        lambda: torch.func.grad(total)(parameters, dict(others.named_buffers()), x),
+        lambda: torch.func.vmap(total, in_dims=(0, 0, None))(*stacked, x),
+    ):
+        with pytest.raises(ValueError, match="under torch.func the Pauli words are those of the module"):
+            function()
+
+
+@pytest.mark.parametrize("kind", [CircuitFeatureMap, QuadraticFeatureMap, ReuploadedFeatureMap])
+def test_words_that_are_none_are_refused(kind, x):
+    feature_map = keeps_its_fold(kind)
+    with pytest.raises(ValueError, match=r"word_codes must have the shape \(heads, words, wires\) = \(3, 4, 4\)"):
+        torch.func.functional_call(feature_map, {"word_codes": feature_map.word_codes[:, :2]}, x)
+    feature_map.word_codes[0, 0, 0] = 9
+    with pytest.raises(ValueError, match=r"word_codes must hold 0 to 3 for I, X, Y, Z; got .*9\]"):
+        feature_map(x)
+
+
+def test_ema_weights_are_swapped_in_and_out(x):
+    """As `swap` does around an evaluation: nothing of the average is left behind."""
+    for kind in KEEPING:
+        feature_map = keeps_its_fold(kind)
+        average = AveragedModel(feature_map)
+        average.update_parameters(feature_map)
+        by_data(average.module)
+        with torch.no_grad():
+            before, of_average = feature_map(x), average(x)
+            for expected in (of_average, before):
+                for ours, mean in zip(feature_map.parameters(), average.module.parameters(), strict=True):
+                    ours.data, mean.data = mean.data, ours.data
+                assert torch.equal(feature_map(x), expected) and not torch.equal(before, of_average)
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_the_fold_is_kept_where_no_gradient_is_wanted(kind, x, monkeypatch):
+    feature_map = keeps_its_fold(kind)
     calls = []
-    evolve = Fold.evolve
-    monkeypatch.setattr(Fold, "evolve", lambda self, *args: calls.append(1) or evolve(self, *args))
+    readout, states = Fold.readout, Fold.states
+    monkeypatch.setattr(Fold, "readout", lambda self, *args: calls.append(1) or readout(self, *args))
+    monkeypatch.setattr(Fold, "states", lambda self, *args: calls.append(1) or states(self, *args))
+    monkeypatch.setenv("QATTN_KERNELS", "0")  # without them every map has a fold
     with torch.no_grad():
         feature_map(x), feature_map(x)
-    assert len(calls) == 1
+    assert (once := len(calls)) == (2 if kind is ReuploadedFeatureMap else 1)
     feature_map(x), feature_map(x)
-    assert len(calls) == 3
+    assert len(calls) == 3 * once
+
+
+def test_a_moved_map_forgets_where_it_was(x):
+    """Tables and folds of precisions that it no longer has are let go of."""
+    module = QISA()(EMBED, HEADS, BLOCK)
+    executor = module.value_map.executor
+    with torch.no_grad():
+        module(x.float())
+        words = executor._words
+        assert words._tables.keys() <= {torch.float32} and executor._states._kept or executor._readouts._kept
+        module.double()
+    assert executor._folds.keys() == {(torch.float64, torch.device("cpu"))} and not words._tables
+    assert executor._states._kept is None and executor._readouts._kept is None
+    fold = executor._folds[torch.float64, torch.device("cpu")]
+    module.double()
+    assert executor._folds[torch.float64, torch.device("cpu")] is fold
+
+
+def repacked(tensor):
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def turned_about(tensor):
+    axes = tuple(range(tensor.dim()))
+    return tensor.permute(axes[::-1]).clone(memory_format=torch.contiguous_format).permute(axes[::-1])
+
+
+@pytest.mark.parametrize("pack", [repacked, turned_about])
+def test_hooks_for_saved_tensors_may_change_strides(make, pack, x):
+    """As `save_on_cpu(pin_memory=True)` does, which copies what is saved into memory of its own."""
+    module, x = make().double(), x.requires_grad_()
+    if pack is turned_about and module.score.is_dot_product:
+        pytest.skip("torch's own fused attention expects features side by side")
+    inputs = (x, *(p for p in module.parameters() if p.requires_grad))
+    expected = torch.autograd.grad(module(x).sin().sum(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(x)
+    for found, wanted in zip(torch.autograd.grad(out.sin().sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------- against references
