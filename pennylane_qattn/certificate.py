@@ -14,7 +14,8 @@ class Leak:
     """An output that depends on what it must not see.
 
     Attributes:
-        test: what found it: `"futures"`, `"jacobians"`, `"rows"`, `"single rows"`, `"cache"` or `"weights"`.
+        test: what found it: `"futures"`, `"jacobians"`, `"rows"`, `"single rows"`, `"cache"`, `"weights"` or
+            `"large calls"`.
         mode: `"eval"` or `"train"`.
         layer: the first submodule to leak, by its path; the module's own name if the leak is in none of them.
         output: position of the output, the smallest that was found.
@@ -97,11 +98,11 @@ class Certificate:
         name: of the module.
         verdict: `"causal"`, `"LEAKS"` or `"undecided"`.
         leak: the first one, if it leaks.
-        reason: why it is undecided.
+        reason: why it is undecided; of a leak that was not found by looking at the module, what tells of it.
         checks: what was done.
         form: what was looked at: the precision of the copy, and how its circuits were run.
         inputs: what it was given.
-        remarks: what else there is to say.
+        remarks: what else there is to say; of a causal module, what was not looked at.
         tolerance: largest change, relative to the largest output, that counts as none.
         seed: of all random choices.
         seconds: how long it took.
@@ -125,6 +126,11 @@ class Certificate:
         return self.verdict == CAUSAL
 
     @property
+    def is_partial(self) -> bool:
+        """Whether it is causal by a part only of what there is to look at, as the remarks say."""
+        return self.passes and bool(self.remarks)
+
+    @property
     def label(self) -> str:
         """`"LEAKS"`, or `""`."""
         return LEAKS if self.verdict == LEAKS else ""
@@ -143,12 +149,19 @@ class Certificate:
         """One line."""
         if self.leak is not None:
             return f"{self.name} LEAKS: {self.leak}"
+        if self.verdict == LEAKS:
+            return f"{self.name} LEAKS: {self.reason}"
         if self.verdict == UNDECIDED:
             return f"{self.name}: undecided: {self.reason}"
-        return f"{self.name}: {self.verdict} ({'; '.join(filter(None, [self.inputs, self.coverage, self.form]))})"
+        said = "; ".join(filter(None, [self.inputs, self.coverage, self.form, *self.remarks]))
+        return f"{self.name}: {self._words} ({said})"
+
+    @property
+    def _words(self) -> str:
+        return f"{self.verdict} in part" if self.is_partial else self.verdict
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.verdict}" if self.leak is None else f"{self.name} LEAKS"]
+        lines = [f"{self.name} LEAKS" if self.verdict == LEAKS else f"{self.name}: {self._words}"]
         if self.leak is not None:
             lines.append(str(self.leak))
         lines += filter(None, [self.reason, "; ".join(filter(None, [self.inputs, self.form]))])

@@ -17,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pennylane_qattn.execution import executors, set_execution
-from pennylane_qattn.module_sizes import Reading, default_length, first_tensor, longest, readings, token_table
+from pennylane_qattn.module_sizes import (
+    Reading,
+    all_tensors,
+    default_length,
+    first_tensor,
+    longest,
+    readings,
+    token_table,
+)
 from pennylane_qattn.planning import Execution
 from pennylane_qattn.transforms import ordinary_mode
 
@@ -52,22 +60,60 @@ class Subject:
         reading: what it reads.
         length: tokens of a sequence.
         features: entries of an output.
+        parts: how these are shared out among the tensors of the latest output, the first being what it is for.
+        remarks: what of its outputs cannot be looked at.
         form: how it is looked at, in words.
         deadline: when calls are refused, by `time.monotonic`.
+        seconds_per_token: of the latest among its largest calls.
         default_dtype: of tensors that its calls make without a dtype.
     """
 
     def __init__(self, module: nn.Module, name: str, seed: int, dtype: torch.dtype, form: str):
         self.module, self.name, self.seed, self.dtype, self.form = module.requires_grad_(False), name, seed, dtype, form
         self.reading, self.length, self.features = Reading("tokens", None), 0, 0
+        self.parts: list[int] = []
+        self.remarks: list[str] = []
         self.deadline = math.inf
+        self.seconds_per_token, self._most_tokens = 0.0, 0
+        self._places: dict[tuple[str, int], list[int]] = {}
         self.default_dtype = torch.get_default_dtype()
         self._mode, self._states = "", {}
         self._hooks = _Hooks(self.module)
 
-    def call(self, x: Tensor, mode: str, *, grad: bool = False, **options: Any) -> Tensor:
-        """Its logits or embeddings; complex ones as pairs."""
-        return self.tensor_of(self.call_whole(x, mode, grad=grad, **options), x)
+    def call(self, x: Tensor, mode: str, *, grad: bool = False, seed: int | None = None) -> Tensor:
+        """Its logits or embeddings, and behind them all else that it returns for every token; complex ones as pairs."""
+        returned = self.call_whole(x, mode, grad=grad, seed=seed)
+        tensors = [self.tensor_of(returned, x), *self._others(returned, x, mode)]
+        self.parts = [tensor.shape[2] for tensor in tensors]
+        return torch.cat(tensors, -1) if len(tensors) > 1 else tensors[0]
+
+    def _others(self, returned: Any, x: Tensor, mode: str) -> list[Tensor]:
+        """Tensors `(batch, seq, features)` beside the first: those whose shape follows batch and length of the call."""
+
+        def beside(returned: Any) -> list[Tensor]:
+            first = first_tensor(returned)
+            return [tensor for tensor in all_tensors(returned) if tensor is not first]
+
+        found = beside(returned)
+        likely = [index for index, tensor in enumerate(found) if tensor.ndim > 1 and tensor.shape[:2] == x.shape[:2]]
+        if not likely:
+            return []
+        if (mode, len(found)) not in self._places:
+            other = torch.cat((x, x[:1]))[:, :-1]
+            try:
+                again = beside(self.call_whole(other, mode))
+            except OutOfTime:
+                raise
+            except Exception as error:  # a module raises what it likes
+                again, why = [], f"it takes no other shape ({type(error).__name__}: {one_line(error)})"
+                self.remarks.append(f"only the first tensor of its output in {mode} mode, as {why}")
+            pairs = zip(found, again, strict=False)
+            follows = [a.shape[:2] == x.shape[:2] and b.shape[:2] == other.shape[:2] for a, b in pairs]
+            self._places[mode, len(found)] = [index for index, is_one in enumerate(follows) if is_one]
+        dtype = self.dtype
+        wide = [found[index] for index in self._places[mode, len(found)] if index in likely]
+        wide = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in wide]
+        return [(tensor.flatten(2) if tensor.ndim > 2 else tensor[..., None]).to(dtype) for tensor in wide]
 
     @staticmethod
     def tensor_of(returned: Any, x: Tensor) -> Tensor:
@@ -94,7 +140,7 @@ class Subject:
             self.module.train(mode == "train")
             self._mode = mode
         self._start(mode, self.seed if seed is None else seed)
-        before = torch.get_default_dtype()
+        before, begun = torch.get_default_dtype(), time.monotonic()
         torch.set_default_dtype(self.default_dtype)
         try:
             with torch.set_grad_enabled(grad):
@@ -102,6 +148,18 @@ class Subject:
         finally:
             torch.set_default_dtype(before)
             self._hooks.put_back()
+            if not grad and (tokens := x.shape[0] * x.shape[1]) >= self._most_tokens:
+                self._most_tokens, self.seconds_per_token = tokens, (time.monotonic() - begun) / tokens
+
+    @contextlib.contextmanager
+    def in_its_dtype(self) -> Iterator[None]:
+        """Within it, tensors made without a dtype have that of the copy."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
     def drawn(self, x: Tensor, mode: str) -> list[bytes]:
         """The random state, of torch, that a call ends in."""

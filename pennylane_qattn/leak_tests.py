@@ -17,6 +17,8 @@ from pennylane_qattn.leak_trial import LeakFound, LeftOut, Trial, Variant, allow
 
 #: Futures that are looked at before anything else is.
 LEAST = 3
+#: The test that comes after the least of all others, and that a certificate can be without.
+LARGE_CALLS = "large calls"
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Progress:
     Attributes:
         has_least: the least that must be done is done, or does not apply.
         undecided: why the test says nothing.
+        gap: what should have been looked at and was not.
     """
 
     test: str
@@ -37,6 +40,7 @@ class Progress:
     remark: str = ""
     has_least: bool = False
     undecided: str = ""
+    gap: str = ""
 
     def note(self, change: Tensor) -> None:
         """Takes down the largest change of those that should be none."""
@@ -65,9 +69,9 @@ def rows(trial: Trial, progress: Progress) -> Iterator[None]:
         changed[row] = trial.others[row]
         change = difference(trial.subject.call(changed, mode), reference)
         change = change.index_fill(0, torch.tensor([row]), 0.0)
-        moved = change > allowance(reference, trial.tolerance)
+        moved = change > trial.allowed(reference)
         if moved.any():
-            _check_draws(trial, mode, draws, changed)
+            _check_draws(trial, mode, draws, changed, trial.bases)
             other, position = (int(i) for i in moved.any(-1).nonzero()[0])
             size = float(change[other, position].max())
             seen = Leak("rows", mode, trial.name, position, None, size, size, "batch", other, row)
@@ -98,9 +102,9 @@ def futures(trial: Trial, progress: Progress) -> Iterator[None]:
         ends = torch.zeros(trial.copies, dtype=torch.int64)
         ends[: len(piece)] = torch.tensor([variant.position for variant in piece])
         change = change.masked_fill(torch.arange(trial.length)[None, :, None] >= ends[:, None, None], 0.0)
-        moved = change > allowance(reference, trial.tolerance)
+        moved = change > trial.allowed(reference)
         if moved.any():
-            _check_draws(trial, mode, draws, changed)
+            _check_draws(trial, mode, draws, changed, trial.base_rows(trial.copies))
             row, position = (int(i) for i in moved.any(-1).nonzero()[0])
             size = float(change[row, position].max())
             where = piece[row].position
@@ -142,22 +146,26 @@ def jacobians(trial: Trial, progress: Progress) -> Iterator[None]:
 
 
 def single_rows(trial: Trial, progress: Progress) -> Iterator[None]:
-    """Each row of the batch by itself: the output must be the same, up to rounding."""
+    """Each row of the batch by itself: the output must be the same, up to rounding.
+
+    Here and with a cache it is the first tensor of the output that counts: others may be made otherwise.
+    """
     mode = progress.mode
     if trial.rows < 2:
         raise LeftOut("there is one row only")
     if trial.settle(mode):
         raise LeftOut("random numbers are drawn, and other shapes draw others")
     progress.total, progress.remark = trial.rows, _rounding(trial, mode)
-    reference = trial.reference(mode, trial.rows)
+    reference = _first_part(trial, mode)
     for row in range(trial.rows):
         try:
             alone = trial.subject.call(trial.bases[[row]], mode)
         except OutOfTime:
             raise
         except Exception as error:  # a module raises what it likes
-            raise LeftOut(f"it does not take a row alone ({type(error).__name__}: {one_line(error)})") from error
-        change = difference(alone, reference[[row]])
+            why = f"it does not take a row alone ({type(error).__name__}: {one_line(error)})"
+            raise LeftOut(why, is_gap=True) from error
+        change = difference(alone[..., : reference.shape[2]], reference[[row]])
         moved = change > allowance(reference, trial.rounding(mode))[[row]]
         if moved.any():
             position = int(moved[0].any(-1).nonzero()[0])
@@ -182,16 +190,17 @@ def cache(trial: Trial, progress: Progress) -> Iterator[None]:
         uneven.append(min(sizes[len(uneven) % 3], length - sum(uneven)))
     ways = [way for way in ([1] * length, uneven) if way != [length]]
     progress.total, progress.remark = len(ways), _rounding(trial, mode)
-    reference = trial.reference(mode, trial.rows)
+    reference = _first_part(trial, mode)
     for way in ways:
         pieces = trial.bases.split(way, dim=1)
         try:
             step = start()
             outputs = [step(piece) for piece in pieces]
-        except (OutOfTime, Undecidable):
+        except (OutOfTime, Undecidable, LeftOut):
             raise
         except Exception as error:  # a module raises what it likes
-            raise LeftOut(f"it does not run with a cache ({type(error).__name__}: {one_line(error)})") from error
+            why = f"it does not run with the cache that it offers ({type(error).__name__}: {one_line(error)})"
+            raise Undecidable(f"{why}; has_cache = False says that it has none") from error
         change = difference(torch.cat(outputs, 1), reference)
         moved = change > allowance(reference, trial.rounding(mode))
         if moved.any():
@@ -232,6 +241,64 @@ def weights(trial: Trial, progress: Progress) -> Iterator[None]:
     yield
 
 
+def large_calls(trial: Trial, progress: Progress) -> Iterator[None]:
+    """Some futures once more, in calls of as many rows and tokens as a run's: what sees the future in these alone."""
+    mode = progress.mode
+    _check_changeable(trial)
+    draws = trial.settle(mode)
+    every = {size: trial.late_futures(*size) for size in trial.sizes}
+    progress.total, done = sum(map(len, every.values())), list[str]()
+    for (rows, length), variants in every.items():
+        trial.afford(rows, length, 1 + -(-len(variants) // rows))
+        bases, others = trial.draw(rows, length)
+        try:
+            reference = trial.subject.call(bases, mode)
+            for first in range(0, len(variants), rows):
+                piece = variants[first : first + rows]
+                changed = bases.clone()
+                for row, variant in enumerate(piece):
+                    end = length if variant.is_suffix else variant.position + 1
+                    changed[row, variant.position : end] = others[row, variant.position : end]
+                _compare_large_calls(trial, progress, draws, bases, others, changed, reference, piece)
+                progress.done += len(piece)
+        except (LeakFound, OutOfTime, Undecidable):
+            raise
+        except Exception as error:  # a module raises what it likes
+            why = f"it does not take {rows} rows of {length} ({type(error).__name__}: {one_line(error)})"
+            raise LeftOut(why, is_gap=True) from error
+        done.append(f"{rows} rows of {length}")
+        progress.remark = ", ".join(done)
+    yield
+
+
+def _compare_large_calls(
+    trial: Trial,
+    progress: Progress,
+    draws: bool,
+    bases: Tensor,
+    others: Tensor,
+    changed: Tensor,
+    reference: Tensor,
+    piece: Sequence[Variant],
+) -> None:
+    """Raises `LeakFound` if a row that was changed from somewhere on moves before that."""
+    mode, length = progress.mode, bases.shape[1]
+    output = trial.subject.call(changed, mode)
+    for row, variant in enumerate(piece):  # one by one, as such outputs are large
+        past = slice(0, variant.position)
+        change = difference(output[[row], past], reference[[row], past])
+        moved = (change > trial.allowed(reference[[row]])[:, past]).any(-1)[0]
+        if moved.any():
+            if (difference(trial.subject.call(bases, mode), reference) > trial.allowed(reference)).any():
+                raise Undecidable(f"two equal calls of {len(bases)} rows of {length} in {mode} mode differ")
+            _check_draws(trial, mode, draws, changed, bases)
+            position, sizes = int(moved.nonzero()[0]), change.nan_to_num(nan=0.0)
+            size, largest = float(sizes[0, position].max()), float(sizes.max())
+            seen = Leak(progress.test, mode, trial.name, position, variant.position, size, largest)
+            raise trial.found(seen, trial.leak_of_large_call, bases, others, row, variant)
+        progress.note(change)
+
+
 #: In this order: what is known of the rows serves the others.
 TESTS: dict[str, Callable[[Trial, Progress], Iterator[None]]] = {
     "rows": rows,
@@ -240,6 +307,7 @@ TESTS: dict[str, Callable[[Trial, Progress], Iterator[None]]] = {
     "single rows": single_rows,
     "weights": weights,
     "cache": cache,
+    LARGE_CALLS: large_calls,
 }
 
 
@@ -250,14 +318,15 @@ def cache_of(trial: Trial) -> Callable[[], Callable[[Tensor], Tensor]] | None:
     """How a module runs with a cache: what begins a sequence, and then takes piece after piece; `None` if it cannot."""
     module, subject = trial.subject.module, trial.subject
     taken = inspect.signature(module.forward).parameters
-    if getattr(module, "has_cache", True) is False:
+    if any(getattr(part, "has_cache", True) is False for part in module.modules()):
         return None
     for new, option in (("new_cache", "cache"), ("new_caches", "caches")):
         if callable(getattr(module, new, None)) and option in taken:
 
             def start(new: str = new, option: str = option) -> Callable[[Tensor], Tensor]:
-                held = getattr(module, new)(trial.rows)
-                return lambda piece: subject.call(piece, "eval", **{option: held})
+                with subject.in_its_dtype():  # that of a cache made without saying which
+                    held = getattr(module, new)(trial.rows)
+                return lambda piece: subject.tensor_of(subject.call_whole(piece, "eval", **{option: held}), piece)
 
             return start
     if {"use_cache", "past_key_values"} <= taken.keys():
@@ -269,7 +338,7 @@ def cache_of(trial: Trial) -> Callable[[], Callable[[Tensor], Tensor]] | None:
                 output = subject.call_whole(piece, "eval", past_key_values=held[0], use_cache=True)
                 held[0] = getattr(output, "past_key_values", None)
                 if held[0] is None:
-                    raise ValueError("it returns no past_key_values")
+                    raise LeftOut("it returns no past_key_values", is_gap=True)
                 return subject.tensor_of(output, piece)
 
             return step
@@ -302,7 +371,8 @@ def _shown_weights(trial: Trial, mode: str) -> list[tuple[str, Tensor]]:
             with torch.no_grad():
                 return [(path, part.weights(*args[:1], **kwargs)) for path, part, args, kwargs in given]
         except Exception as error:  # a module raises what it likes
-            raise LeftOut(f"its weights cannot be read ({type(error).__name__}: {one_line(error)})") from error
+            why = f"its weights cannot be read ({type(error).__name__}: {one_line(error)})"
+            raise LeftOut(why, is_gap=True) from error
     return _weights_of_hugging_face(trial, mode)
 
 
@@ -321,7 +391,8 @@ def _weights_of_hugging_face(trial: Trial, mode: str) -> list[tuple[str, Tensor]
     except (OutOfTime, Undecidable):
         raise
     except Exception as error:  # a module raises what it likes
-        raise LeftOut(f"its weights cannot be read ({type(error).__name__}: {one_line(error)})") from error
+        why = f"its weights cannot be read ({type(error).__name__}: {one_line(error)})"
+        raise LeftOut(why, is_gap=True) from error
     finally:
         if is_switched:
             switch(before)
@@ -342,9 +413,15 @@ def _check_changeable(trial: Trial) -> None:
         raise LeftOut("there is one token only, so nothing to change")
 
 
-def _check_draws(trial: Trial, mode: str, draws: bool, changed: Tensor) -> None:
+def _first_part(trial: Trial, mode: str) -> Tensor:
+    """The first tensor of the output of the rows."""
+    reference = trial.reference(mode, trial.rows)
+    return reference[..., : trial.subject.parts[0]]
+
+
+def _check_draws(trial: Trial, mode: str, draws: bool, changed: Tensor, bases: Tensor) -> None:
     """Two calls compare only if they draw the same random numbers."""
-    if draws and trial.subject.drawn(changed, mode) != trial.subject.drawn(trial.base_rows(len(changed)), mode):
+    if draws and trial.subject.drawn(changed, mode) != trial.subject.drawn(bases, mode):
         raise Undecidable(f"what it draws at random in {mode} mode depends on its inputs, so calls do not compare")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from pennylane_qattn.module_sizes import MAX_WORK
 
 #: Most tokens of one call, and most entries of its output: bounds memory, and the time between looks at the clock.
 MAX_TOKENS, MAX_ENTRIES = 4096, 2 * 10**7
+#: Most entries of the output, or of a table of tokens by tokens, of a call as large as a run's: 1 GiB in float64.
+MAX_LARGE_ENTRIES = 2**27
 #: The largest change that is written down: JSON knows no infinity.
 LARGEST = torch.finfo(torch.float64).max
 
@@ -30,7 +33,15 @@ class LeakFound(Exception):
 
 
 class LeftOut(Exception):
-    """A test that does not apply or cannot be made; the message tells why."""
+    """A test that does not apply or cannot be made; the message tells why.
+
+    Attributes:
+        is_gap: it should have been made, so the certificate is one in part.
+    """
+
+    def __init__(self, why: str, is_gap: bool = False):
+        super().__init__(why)
+        self.is_gap = is_gap
 
 
 @dataclass(frozen=True)
@@ -75,12 +86,16 @@ class Trial:
         bases: sequences, tokens `(rows, seq)` or embeddings `(rows, seq, embed)`.
         others: what to put in each token's place, different everywhere.
         tolerance: largest relative change, in calls of one shape, that is none.
+        draw: gives as much of both for other rows and lengths.
+        sizes: rows and lengths of calls that are larger than those of all other tests.
     """
 
     subject: Subject
     bases: Tensor
     others: Tensor
     tolerance: float
+    draw: Callable[[int, int], tuple[Tensor, Tensor]]
+    sizes: tuple[tuple[int, int], ...] = ()
     _draws: dict[str, bool] = field(default_factory=dict)
     _faults: dict[str, str] = field(default_factory=dict)
     _references: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -120,6 +135,10 @@ class Trial:
             self._precisions[mode] = self.subject.precision(self.bases, mode)
         return self._precisions[mode]
 
+    def allowed(self, reference: Tensor) -> Tensor:
+        """The largest change, in calls of one shape, that is rounding: of every tensor of the output by itself."""
+        return torch.cat([allowance(part, self.tolerance) for part in reference.split(self.subject.parts, -1)], -1)
+
     # --- calls ------------------------------------------------------------------------------------------------------
 
     def settle(self, mode: str) -> bool:
@@ -131,12 +150,12 @@ class Trial:
         if mode not in self._draws and mode not in self._faults:
             first = self.subject.call(self.bases, mode)
             change = difference(self.subject.call(self.bases, mode), first)
-            if (change > allowance(first, self.tolerance)).any():
+            if (change > self.allowed(first)).any():
                 self._faults[mode] = f"two equal calls in {mode} mode differ by {float(change.max()):.1e}"
             else:
                 # Python's and NumPy's are drawn from by much that has no effect, so these are told by what they change
                 other = self.subject.call(self.bases, mode, seed=self.subject.seed + 1)
-                differs = (difference(other, first) > allowance(first, self.tolerance)).any()
+                differs = (difference(other, first) > self.allowed(first)).any()
                 self._draws[mode] = bool(differs) or self.subject.draws(self.bases, mode)
         if mode in self._faults:
             raise Undecidable(self._faults[mode])
@@ -189,7 +208,7 @@ class Trial:
             change = difference(self.subject.call(changed, mode), reference).nan_to_num(nan=0.0)
             rows = len(every) - first
             changes[first : first + copies] = change.amax(-1)[:rows]
-            moved[first : first + copies] = (change > allowance(reference, self.tolerance)).any(-1)[:rows]
+            moved[first : first + copies] = (change > self.allowed(reference)).any(-1)[:rows]
         is_past = torch.arange(length) < torch.tensor([each.position for each in every])[:, None]
         changes, moved = changes * is_past, moved & is_past
         if not moved.any():  # it came from the other rows
@@ -206,9 +225,65 @@ class Trial:
         return Leak(seen.test, mode, layer or self.name, output, chosen.position, size, float(changes.max()))
 
     def _first_to_change(self, mode: str, x: Tensor, changed: Tensor, position: int) -> str:
-        axes = Axes(self.length, self.length - 1, outer=False)
+        axes = Axes(x.shape[1], x.shape[1] - 1, outer=False)
         one, other, shapes = (trace(self.subject, each, mode) for each in (x, changed, x[:, :-1]))
         return first_to_change(one, other, shapes, axes, torch.arange(position), self.differ(self.tolerance))
+
+    # --- a leak in time, in large calls -----------------------------------------------------------------------------
+
+    def late_futures(self, rows: int, length: int) -> list[Variant]:
+        """Changes of the future for calls of so many rows: of late tokens first, as many as there are rows or six."""
+        middle, late = length // 2, 3 * length // 4
+        first = min(self.length, length - 1)
+        suffixes = [middle, first, 7 * length // 8]
+        chosen = [Variant(length - 1, False), Variant(middle, True), Variant(late, False), Variant(first, False)]
+        chosen += [Variant(position, True) for position in suffixes]
+        chosen += [Variant(p + 1, is_suffix) for p in self.order(length - 1) for is_suffix in (True, False)]
+        chosen = [each for each in dict.fromkeys(chosen) if each.position > 0]
+        return chosen[: max(rows, 6)]
+
+    def afford(self, rows: int, length: int, calls: int) -> None:
+        """Sees to it that large calls fit into memory and into a third of the time that is left.
+
+        Raises:
+            LeftOut: if they do not.
+        """
+        subject = self.subject
+        if rows * length * max(subject.features, length) > MAX_LARGE_ENTRIES:
+            raise LeftOut(f"calls of {rows} rows of {length} take too much memory", is_gap=True)
+        seconds = calls * rows * length * subject.seconds_per_token
+        if 3 * seconds > subject.deadline - time.monotonic():
+            raise LeftOut(f"no time for calls of {rows} rows of {length}", is_gap=True)
+
+    def leak_of_large_call(self, seen: Leak, x: Tensor, others: Tensor, row: int, variant: Variant) -> Leak:
+        """The leak that was seen in one row of a large call: its positions, and the layer."""
+        mode, length = seen.mode, x.shape[1]
+        reference = self.subject.call(x, mode)[[row]]
+
+        def changed(first: int) -> Tensor:
+            other = x.clone()
+            end = length if variant.is_suffix else first + 1
+            other[row, first:end] = others[row, first:end]
+            return other
+
+        def effect(first: int) -> tuple[Tensor, Tensor]:
+            change = difference(self.subject.call(changed(first), mode)[[row]], reference)
+            moved = (change > self.allowed(reference)).any(-1)[0]
+            return change.nan_to_num(nan=0.0).amax(-1)[0, :first], moved[:first]
+
+        change, moved = effect(variant.position)
+        if not moved.any():  # it came from the other rows
+            return dataclasses.replace(seen, across="batch", output_row=row)
+        output, first, end = int(moved.nonzero()[0]), variant.position, length
+        while variant.is_suffix and end - first > 1:  # the latest from which on a change is felt there
+            middle = (first + end) // 2
+            first, end = (middle, end) if effect(middle)[1][output] else (first, middle)
+        change, _ = effect(first)
+        layer = ""
+        if x.shape[0] * length <= MAX_TOKENS:  # as all tensors of all layers are kept
+            layer = self._first_to_change(mode, x, changed(first), first)
+        size, largest = float(change[output]), float(change.max())
+        return Leak(seen.test, mode, layer or self.name, output, first, size, largest)
 
     @staticmethod
     def differ(tolerance: float) -> Callable[[Tensor, Tensor], bool]:
@@ -291,7 +366,7 @@ class Trial:
         """The leak that was seen from one row of the batch into others: its smallest positions, and the layer."""
         mode = seen.mode
         reference = self.subject.call(self.bases, mode)
-        allowed = allowance(reference, self.tolerance)
+        allowed = self.allowed(reference)
 
         def effect(tokens: int) -> Tensor:
             changed = self.bases.clone()
@@ -341,7 +416,8 @@ def _call_with_gradients(
                 steps = stack.enter_context(steps_of(subject.module, keep=True))
             output = subject.call(x, mode, grad=True)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise LeftOut(f"it does not run with gradients ({type(error).__name__}: {one_line(error)})") from error
+        why = f"it does not run with gradients ({type(error).__name__}: {one_line(error)})"
+        raise LeftOut(why, is_gap=True) from error
     if not leaves:
         raise LeftOut("no embedding of the tokens was found to take gradients by")
     if not output.requires_grad:

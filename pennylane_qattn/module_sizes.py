@@ -1,5 +1,6 @@
 """What a module that nobody here wrote reads, and how much of it: guessed from its attributes, to be tried."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ _LENGTHS = """block_size max_position_embeddings n_positions n_ctx max_seq_len m
     context_size max_target_positions""".split()
 _VOCABULARIES = ("vocab_size", "n_vocab", "num_tokens", "vocabulary_size")
 _WIDTHS = ("embed_dim", "d_model", "n_embd", "input_size", "in_features", "in_channels", "hidden_size", "dim")
+#: Parts of an output, by name, that are caches.
+CACHES = frozenset(("past_key_values", "past_key_value", "cache", "caches", "mems"))
 #: Widths of submodules that are tried.
 _MOST_WIDTHS = 8
 #: Default length, largest default length, and tokens times parameters of a default sequence.
@@ -94,6 +97,17 @@ def first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, list | tuple):
         return next((found for part in output if (found := first_tensor(part)) is not None), None)
     return None
+
+
+def all_tensors(output: Any) -> list[Tensor]:
+    """All tensors in what a module returned, in order, but for those of its caches (`CACHES`)."""
+    if isinstance(output, Tensor):
+        return [output]
+    if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
+        output = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    if isinstance(output, Mapping):
+        output = [value for name, value in output.items() if name not in CACHES]
+    return [tensor for part in output for tensor in all_tensors(part)] if isinstance(output, list | tuple) else []
 
 
 def _told(module: nn.Module, names: list[str] | tuple[str, ...]) -> int | None:

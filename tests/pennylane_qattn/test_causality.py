@@ -191,10 +191,45 @@ class RefusesItsCache(Cached):
         raise ValueError("no memory")
 
 
-def test_a_cache_that_does_not_run_is_left_out():
-    found = certify(RefusesItsCache(0))
+class RaisesWithItsCache(Cached):
+    def forward(self, x, *, cache=None):
+        if cache is not None and x.shape[1] == 1:
+            raise RuntimeError("no single tokens")
+        return super().forward(x, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [(RefusesItsCache, "ValueError: no memory"), (RaisesWithItsCache, "RuntimeError: no single tokens")],
+)
+def test_a_cache_that_does_not_run_is_undecided(cls, why):
+    found = certify(cls(0))
     (check,) = (check for check in found.checks if check.test == "cache")
-    assert found.passes and check.left_out == "it does not run with a cache (ValueError: no memory)"
+    assert found.verdict == "undecided" and why in found.summary()
+    assert (
+        found.reason
+        == check.left_out
+        == (f"it does not run with the cache that it offers ({why}); has_cache = False says that it has none")
+    )
+    module = cls(0)
+    module.has_cache = False
+    assert certify(module).passes
+
+
+class CacheInDefaultDtype(Cached):
+    """Made in advance, and without a dtype: torch's products take one dtype only."""
+
+    def new_cache(self, batch_size):
+        return [torch.zeros(batch_size, 0, WIDTH) for _ in range(2)]
+
+    def forward(self, x, *, cache=None):
+        assert cache is None or cache[0].dtype == x.dtype
+        return super().forward(x, cache=cache)
+
+
+def test_a_cache_is_made_in_the_precision_of_the_copy():
+    assert coverage(certify(CacheInDefaultDtype(0)), "cache", "eval") == (2, 2)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_weights_are_looked_at_where_they_are_shown():

@@ -61,6 +61,7 @@ def test_lengths():
     found = certify(module, modes=("eval",), time_limit=120)
     assert found.inputs == "embeddings of width 5, 3 rows of 128"
     assert found.remarks == ("128 of the 331 positions that it takes; length=331 looks at all",)
+    assert found.is_partial and found.verdict == "causal"
     # inside another module, too
     assert certify(nn.Sequential(nn.Linear(5, 5), build_attention("classical", 5, 1, 11))).inputs.endswith("of 11")
 
@@ -351,7 +352,9 @@ def test_time_that_is_too_short(clock):
 def test_time_for_a_part(clock, monkeypatch):
     monkeypatch.setattr("pennylane_qattn.leak_trial.MAX_TOKENS", 2 * 101)
     found = certify(Slow(clock), time_limit=60)
-    assert found.verdict == "causal" and found.passes
+    assert found.verdict == "causal" and found.passes and found.is_partial
+    assert "futures (train mode, 3 of 100): no time for the rest" in found.remarks
+    assert found.summary().startswith("Slow: causal in part (") and found.remarks[0] in found.summary()
     for test, mode in itertools.product(("futures", "jacobians"), ("eval", "train")):
         done, total = coverage(found, test, mode)
         assert total == 100 and 1 <= done <= total
