@@ -37,13 +37,13 @@ _TOO_LARGE = re.compile("can't allocate memory|out of memory|calculation overflo
 def certify(argv: list[str]) -> int:
     """`qattn certify`."""
     options = _options(argv)
-    names = ("length", "vocab_size", "embed_dim", "batch_size", "modes", "time_limit", "seed")
+    names = ("length", "vocab_size", "embed_dim", "batch_size", "run_batch_size", "modes", "time_limit", "seed")
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     try:
         target = find(options)
         certificate = causality.certify(target.module, name=target.name, **asked)
     except (MemoryError, RuntimeError, TypeError) as error:
-        sizes = {name: value for name, value in vars(options).items() if name in SIZES or name in names[:4]}
+        sizes = {name: value for name, value in vars(options).items() if name in SIZES or name in names[:5]}
         given = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
         if not given or not _TOO_LARGE.search(str(error)):
             raise
@@ -83,12 +83,15 @@ def _options(argv: list[str]) -> argparse.Namespace:
     group("--length", type=int, metavar="N", help="tokens in a sequence (default: as many as the model says)")
     group("--vocab_size", type=int, metavar="N", help="number of tokens (default: as many as the model says)")
     group("--batch_size", type=int, metavar="N", help="sequences in a batch")
+    run = "sequences in a batch of a run: some futures are looked at in calls of that size too (default: 2 sequences)"
+    group("--run_batch_size", type=int, metavar="N", help=run)
     group("--modes", type=_modes, metavar="M", help="eval, train, or both with a comma (default: eval,train)")
     group("--time_limit", type=float, metavar="S", help="seconds, after which it is undecided")
     group("--seed", type=int, metavar="N", help="of the inputs")
     add("--json", nargs="?", const="-", metavar="F", help="write JSON to this file; without F to stdout, and only that")
     options = parser.parse_args(argv)
-    for name, least in (("length", 2), ("vocab_size", 2), ("batch_size", 1), ("seed", 0), *((n, 1) for n in SIZES)):
+    leasts = {"length": 2, "vocab_size": 2, "batch_size": 1, "run_batch_size": 1, "seed": 0, **dict.fromkeys(SIZES, 1)}
+    for name, least in leasts.items():
         if (value := getattr(options, name)) is not None and value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
     if options.time_limit is not None and not 0 < options.time_limit < math.inf:

@@ -32,7 +32,7 @@ from lightning_modules.comparison import (
 )
 from lightning_modules.comparison_figures import WARN, cost_figure, gain_figure, position_figure
 from lightning_modules.files import atomic_write
-from lightning_modules.labels import LEAKS
+from lightning_modules.labels import LEAKS, is_partial
 from lightning_modules.metrics import describe_bleu
 from lightning_modules.report import _InlineFigures, _png, render_page
 from lightning_modules.statistics import FEWEST_PAIRS, Difference
@@ -135,7 +135,8 @@ def _memory(entry: Entry) -> Cell:
 
 
 def _verdict(entry: Entry) -> Cell:
-    return Cell(entry.verdict, tone="leaks" if entry.leaks else "")
+    in_part = entry.verdict == "causal" and any(map(is_partial, entry.values("certificate")))
+    return Cell(f"{entry.verdict} in part" if in_part else entry.verdict, tone="leaks" if entry.leaks else "")
 
 
 QUALITY = (
@@ -198,6 +199,8 @@ def explanations(groups: Sequence[Group]) -> list[str]:
         )
     if any(entry.verdict == "undecided" for entry in entries):
         texts.append("undecided: the certificate was not finished, or found neither a leak nor its absence.")
+    if any(_verdict(entry).text.endswith(" in part") for entry in entries):
+        texts.append("causal in part: no leak was found, in less than all that there is to look at.")
     texts.append(
         "From the past alone: each token is predicted from the tokens before it and nothing else, as in generation. "
         "Written freely: generated continuations against the text itself; rates near 1 are usual."

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
@@ -44,7 +45,9 @@ class CausalityGuard(Callback):
     hold the certificate under the key `causality`. A leak raises `NonCausalError`: before training at once, at the end
     after `RunCheckpoint` has written its last checkpoint. Where a leak is allowed, or found at the end only, what
     loggers write and these checkpoints are labelled with the word LEAKS. A label stays: a run that is continued has
-    it, whatever later certificates say. A certificate that is undecided stops nothing and is said.
+    it, whatever later certificates say. A certificate that is undecided, or of a part, stops nothing and is said. Some
+    futures are looked at in calls as large as those of the run. A validation whose loss is below the least that a
+    causal model can have, where that is known, counts as a leak: training stops after it unless that is allowed.
 
     Random states, weights and modes are as before. With several processes, the first one certifies and the others are
     told, so all of them stop or none. Where FSDP gives each a part of the weights, a copy of the whole is certified.
@@ -76,14 +79,18 @@ class CausalityGuard(Callback):
         """`"LEAKS"`, or `""`."""
         return LEAKS if leaks(self._plain) else ""
 
-    def check(self, model: nn.Module) -> causality.Certificate:
+    def check(self, model: nn.Module, batch_size: int | None = None) -> causality.Certificate:
         """Certifies a model, as before training.
+
+        Args:
+            model: it.
+            batch_size: rows of a batch of the run.
 
         Raises:
             NonCausalError: if it leaks, or comes from a checkpoint that does, and that is not allowed.
         """
         self._plain = None
-        certificate = self._certify(model)
+        certificate = self._certify(model, batch_size)
         self._take(model, certificate)
         self._stop_if_leaking("--allow-noncausal trains it all the same, under that label")
         return certificate
@@ -106,6 +113,16 @@ class CausalityGuard(Callback):
         self._stop_if_leaking("--allow-noncausal (allow_noncausal=True) trains it all the same, under that label")
         self._label_loggers(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = getattr(pl_module, "causality", None)  # by a model that knows the least loss there can be
+        if trainer.state.fn != TrainerFn.FITTING or self.label or not leaks(found):
+            return
+        self._plain, self._is_new = found, True
+        self._label_loggers(trainer)
+        if trainer.is_global_zero:
+            self._label_checkpoints(trainer)
+        trainer.should_stop |= not self.allow_noncausal
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         label = self.label
         self._certify_on_all(trainer, pl_module, True)
@@ -119,7 +136,8 @@ class CausalityGuard(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_new:
             self._is_new = False
-            self._stop_if_leaking("found after training only; the checkpoints are labelled")
+            when = "after training" if self.certificate.label else "in validation"
+            self._stop_if_leaking(f"found {when} only; the checkpoints are labelled")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._plain is not None:
@@ -136,12 +154,12 @@ class CausalityGuard(Callback):
         certificate, is_due = self.certificate, trainer.strategy.broadcast(is_due)
         if is_due:
             whole = _whole(trainer, model)  # asked for on all processes
-            certificate = self._certify(whole) if trainer.is_global_zero else None
+            certificate = self._certify(whole, _batch_size(trainer)) if trainer.is_global_zero else None
         self._take(model, trainer.strategy.broadcast(certificate), is_told=not is_due)
 
-    def _certify(self, model: nn.Module) -> causality.Certificate:
+    def _certify(self, model: nn.Module, batch_size: int | None) -> causality.Certificate:
         name = self.module or ("gpt" if isinstance(getattr(model, "gpt", None), nn.Module) else "")
-        options = {"name": _name(model), "time_limit": self.time_limit, **self.options}
+        options = {"name": _name(model), "time_limit": self.time_limit, "run_batch_size": batch_size, **self.options}
         return causality.certify(model.get_submodule(name), **options)
 
     def _take(self, model: nn.Module, certificate: causality.Certificate, is_told: bool = False) -> None:
@@ -155,10 +173,10 @@ class CausalityGuard(Callback):
             return
         if certificate.label and not label:
             _show(certificate)
-        elif not certificate.passes:
+        elif not certificate.passes or certificate.is_partial:
             say(certificate.summary())
         if self.label and not certificate.label:
-            say("the run that is continued was found to leak")
+            say("this run was found to leak before")
 
     def _stop_if_leaking(self, remedy: str) -> None:
         if self.label and not self.allow_noncausal:
@@ -203,6 +221,13 @@ def _whole(trainer: L.Trainer, model: L.LightningModule) -> nn.Module:
     if trainer.is_global_zero:
         checkpoints.load_weights(copy, weights)
     return copy
+
+
+def _batch_size(trainer: L.Trainer) -> int | None:
+    """Rows of a batch of one process, if anything tells."""
+    given = trainer.fit_loop._data_source.instance  # a loader, or a module that will make one
+    told = (getattr(source, "batch_size", None) for source in (trainer.datamodule, trainer.train_dataloader, given))
+    return next((size for size in told if isinstance(size, int) and size > 0), None)
 
 
 def _name(model: nn.Module) -> str:

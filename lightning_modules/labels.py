@@ -24,6 +24,12 @@ def leaks(certificate: Mapping[str, Any] | None) -> bool:
     return isinstance(certificate, Mapping) and certificate.get("verdict") == LEAKS
 
 
+def is_partial(certificate: Mapping[str, Any] | None) -> bool:
+    """Whether a certificate, as plain data, is causal by a part only of what there is to look at."""
+    is_causal = isinstance(certificate, Mapping) and certificate.get("verdict") == "causal"
+    return is_causal and bool(certificate.get("remarks"))
+
+
 def with_label(text: str, label: str) -> str:
     """The text behind its label, or as it is without one."""
     return f"{label}: {text}" if label else text

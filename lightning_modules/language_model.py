@@ -23,7 +23,7 @@ from lightning_modules.metrics import TextMetrics, below_optimum
 from lightning_modules.processes import is_sharded, of_all_processes
 from lightning_modules.sources import Source
 from lightning_modules.tokenizers import Tokenizer, tokenizer_from_plain
-from pennylane_qattn import ATTENTION, QISA, Execution, Mechanism, set_execution
+from pennylane_qattn import ATTENTION, QISA, Certificate, Execution, Mechanism, set_execution
 
 Schedule = Literal["constant", "cosine"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -167,7 +167,8 @@ class LanguageModel(L.LightningModule):
         self.cross_entropy_per_position: dict[str, Tensor] = {}
         #: The lowest that can be had on average in the same windows, where the language of the text is known.
         self.optimum_per_position: dict[str, Tensor] = {}
-        #: Its latest certificate of causality, as plain data; checkpoints keep it.
+        #: Its latest certificate of causality, or that it was better than a causal model can be, as plain data;
+        #: checkpoints keep it.
         self.causality: dict[str, Any] | None = None
         self._clock, self._tokens = _Stopwatch(), 0
         #: The step at which the schedule of the learning rate ends; known when training starts.
@@ -370,12 +371,16 @@ class LanguageModel(L.LightningModule):
                 logger.log_row(f"{stage}_cross_entropy_per_position", row, step)
 
     def _compare_with_optimum(self, stage: str, excess: float, error: float) -> None:
+        """Notes a leak as a certificate would, if the model is better than a causal one can be."""
         from lightning_modules.executions import say  # which imports this module
 
         windows = torch.tensor(self.metrics[stage].excess.windows, device=self.device)
         if below_optimum(excess, error, windows=int(self.trainer.strategy.reduce(windows, reduce_op="sum"))):
             below = f"{-excess:.4f} nats (standard error {error:.4f}) below the least that a causal model can have"
             say(f"{stage}_loss is {below}, so the model {LEAKS}")
+            if not leaks(self.causality):
+                found = Certificate(f"{self.attention.name} GPT", LEAKS, reason=f"{stage}_loss is {below}")
+                self.causality = found.to_plain()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """For each window a dict of `input` and `target` text, the most likely next tokens as text (`argmax`), and

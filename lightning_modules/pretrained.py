@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_modules.cli import version
 from lightning_modules.gpt import GPT, GPTConfig
 from lightning_modules.hugging_face import PreparedWhenRead
+from lightning_modules.labels import is_partial
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.run_report import find
 from lightning_modules.variants import as_config
@@ -180,7 +181,7 @@ def model_card(model: LanguageModel, checkpoint: Path) -> str:
         "width, longest text": f"{shape.embed_dim}, {shape.block_size} tokens",
         "vocabulary": f"{shape.vocab_size:,} tokens, {type(model.tokenizer).__name__}",
         "trainable parameters": f"{parameters:,}",
-        "certificate of causality": verdict,
+        "certificate of causality": f"{verdict} in part" if is_partial(causality) else verdict,
     }
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n", f"# {title}\n"]
     parts.append("A language model with the attention of pennylane-qattn.\n\n" + _table("", "", facts))

@@ -47,14 +47,14 @@ from lightning_modules.data import TextDataModule
 from lightning_modules.executions import Executions, say
 from lightning_modules.files import atomic_write, locked, remove_partial
 from lightning_modules.gpt import GPTConfig
-from lightning_modules.guard import CausalityGuard, say_if_leaking
+from lightning_modules.guard import CausalityGuard, NonCausalError, say_if_leaking
 from lightning_modules.labels import labelling, with_label
 from lightning_modules.language_model import LanguageModel, model_config, planned_steps
 from lightning_modules.loggers import RunCSVLogger, without_tracebacks_of_threads
 from lightning_modules.metrics import describe_bleu
 from lightning_modules.processes import as_lost, end_others, gather, in_turns
 from lightning_modules.watching import MAPS, Watcher, watchers
-from pennylane_qattn import ATTENTION, Execution, Mechanism
+from pennylane_qattn import ATTENTION, Certificate, Execution, Mechanism
 from pennylane_qattn.registry import Registry
 
 #: Length of a run that is given no other end.
@@ -374,7 +374,7 @@ class TrainingCLI(LightningCLI):
         self.guard = next((c for c in callbacks if isinstance(c, CausalityGuard)), None) or CausalityGuard()
         self.guard.allow_noncausal |= self.config.allow_noncausal
         if rank_zero_only.rank == 0:  # it tells the others when training starts
-            self.guard.check(self.model)
+            self.guard.check(self.model, self.datamodule.batch_size)
         callbacks += [c for c in (self.guard, *self._callbacks_of_a_run()) if c not in callbacks]
         plugins = [*_listed(options.plugins), _RunIO(self)]
         logger = self._loggers() if options.logger in (None, True) else options.logger
@@ -534,6 +534,7 @@ class TrainingCLI(LightningCLI):
     def evaluate(self) -> None:
         """Prints the metrics of the validation or test text."""
         run = self.trainer.validate if self.command == "validate" else self.trainer.test
+        before = self.model.label
         with self._ending_together():
             (metrics,) = run(self.model, datamodule=self.datamodule, verbose=False)
         if not self.trainer.is_global_zero:
@@ -550,6 +551,9 @@ class TrainingCLI(LightningCLI):
         line = f"cross-entropy by position: {' '.join(f'{value:.3f}' for value in positions)}"
         console.print(with_label(line, label), highlight=False)
         console.print(describe_bleu(), highlight=False)
+        if label and not before:
+            found = Certificate.from_plain(self.model.causality)
+            raise NonCausalError(f"{found.summary()}; {self.checkpoint} itself has no label", self.model.causality)
 
     def predict(self) -> None:
         """Writes one JSON object per window."""

@@ -20,6 +20,7 @@ from lightning_modules.data import TextDataModule, Windows
 from lightning_modules.evaluation import evaluate, finite, window_losses, write_sample
 from lightning_modules.executions import say
 from lightning_modules.inspection import attention_maps, circuit_drawing
+from lightning_modules.labels import LEAKS
 from lightning_modules.language_model import LanguageModel, batches_per_epoch, planned_steps
 from lightning_modules.metrics import Excess, below_optimum
 from lightning_modules.report import RunResult
@@ -256,11 +257,11 @@ class VariantRuns:
         certificate = certify(model.gpt, name=variant.title, time_limit=TIME_LIMIT)
         measured = evaluate(model, windows)
         optimum = _optimum(model, data, windows)
-        verdict = certificate.verdict
+        verdict = LEAKS if model.label else certificate.verdict
         excess, error = optimum["excess"], optimum["excess_error"]
         if excess is not None and below_optimum(excess, error, windows=len(windows)):
             say(f"{variant.title} is better than the best there can be by {-excess:.4f} nats: LEAKS")
-            verdict = "LEAKS"
+            verdict = LEAKS
         speed = rows.training_speed(rows.read_history(self.folder(seed)))
         steps = training.trainer.global_step
         inputs, targets = next(iter(data.train_dataloader()))

@@ -37,6 +37,11 @@ def wrong():
 def text():
     return "text"
 
+class Large(Sums):
+    def forward(self, tokens):
+        self.leaks = len(tokens) > 40
+        return super().forward(tokens)
+
 number, module = 3, Sums()
 """
 
@@ -162,6 +167,14 @@ def test_a_module_of_ones_own(certify, mine):
     assert certify("mine:Width", "--embed_dim", "3", "--length", "5")[0] == 0
 
 
+def test_a_module_that_leaks_in_large_batches(certify, mine):
+    arguments = ["mine:Large", "--vocab_size", "11", "--length", "5"]
+    for size, expected in (("40", 0), ("41", 1)):
+        status, text = certify(*arguments, "--run_batch_size", size)
+        assert status == expected and "large calls" in text
+    assert certify(*arguments)[0] == 0
+
+
 def test_a_module_that_cannot_be_had(refused, mine):
     assert refused("certify", "mine:nothing") == "'mine' has no 'nothing'; check the name"
     assert refused("certify", "mine:wrong") == "mine:wrong() failed: KeyError: 'x' (QATTN_DEBUG=1 shows where)"
@@ -240,6 +253,7 @@ def test_json_is_written_whole_or_not_at_all(certify, refused, monkeypatch):
         (["qisa", "--length", "1"], "length must be at least 2; got 1"),
         (["qisa", "--block_size", "0"], "block_size must be at least 1; got 0"),
         (["qisa", "--batch_size", "0"], "batch_size must be at least 1; got 0"),
+        (["qisa", "--run_batch_size", "0"], "run_batch_size must be at least 1; got 0"),
         (["qisa", "--seed", "-1"], "seed must be at least 0; got -1"),
         (["qisa", "--time_limit", "0"], "time_limit must be positive and finite, in seconds; got 0.0"),
         (["qisa", "--modes", "test"], "modes are eval and train; got 'test'"),

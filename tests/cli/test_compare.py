@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from lightning_modules.cli import main
+from lightning_modules.gpt import GPT
 
 FIT = {
     "model": {"preset": "qisa-16", "num_layers": 1, "embed_dim": 4, "block_size": 5},
@@ -109,3 +111,25 @@ def test_the_last_checkpoint_needs_no_validation(config, tmp_path, capsys):
     fit = trainer(limit_val_batches=0, logger=False)
     assert main(["compare", "--config", config(mechanisms={"a": "classical"}, fit=fit, evaluate="last")]) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["causal"] is True
+
+
+def test_a_model_that_is_better_than_the_best_leaks(config, tmp_path, monkeypatch, capsys):
+    """In single precision only, so its certificate finds nothing; no validation sees it before."""
+    own = GPT.forward
+
+    def forward(gpt, tokens, *args, **options):
+        logits = own(gpt, tokens, *args, **options)
+        if logits.dtype == torch.float32 and tokens.shape[1] > 1:
+            future = torch.nn.functional.one_hot(tokens[:, 1:], logits.shape[2])
+            logits = logits + torch.nn.functional.pad(9.0 * future, (0, 0, 0, 1))
+        return logits
+
+    corpus = {"corpus": "markov:order=2,symbols=4,seed=3,length=4001", "batch_size": 3, "eval_windows": 70}
+    fit = {**FIT, "data": corpus, "trainer": {**FIT["trainer"], "limit_val_batches": 0}}
+    monkeypatch.setattr(GPT, "forward", forward)
+    file = config(fit=fit, evaluate="last", mechanisms={"classical": "classical"}, sentence="abcd")
+    assert main(["compare", "--config", file]) == 0
+    captured = capsys.readouterr()
+    assert "classical is better than the best there can be by " in captured.err and "LEAKS" in captured.out
+    row = json.loads((tmp_path / "out" / "classical" / "row.json").read_text())
+    assert row["causality"] == "LEAKS" and row["certificate"]["verdict"] == "causal" and row["excess"] < 0

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_modules import cli, noise_report, report
 from lightning_modules.checkpoints import read_checkpoint
+from lightning_modules.gpt import GPT
 from lightning_modules.guard import CausalityGuard
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.training_cli import TrainingCLI
@@ -99,6 +100,67 @@ def test_a_leak_that_is_found_at_the_end_and_allowed(fit, monkeypatch, capsys):
     assert last.startswith("qattn: LEAKS: step 15")
     assert verdict(LAST) == verdict(BEST) == "LEAKS"
     assert_every_row_is_labelled()
+
+
+# --- it is better than the best ---------------------------------------------------------------------------------
+
+MARKOV = ["--data.corpus", "markov:order=2,symbols=4,seed=3,length=20001", "--data.eval_windows", "70"]
+
+
+@pytest.fixture
+def sees_in_single_precision(monkeypatch):
+    """The model knows each next token but the last, and only in the precision that no certificate is made in."""
+    own = GPT.forward
+
+    def forward(gpt, tokens, *args, **options):
+        logits = own(gpt, tokens, *args, **options)
+        if logits.dtype == torch.float32:
+            future = torch.nn.functional.one_hot(tokens[:, 1:], logits.shape[2])
+            logits = logits + torch.nn.functional.pad(9.0 * future, (0, 0, 0, 1))
+        return logits
+
+    def plant():
+        monkeypatch.setattr(GPT, "forward", forward)
+
+    return plant
+
+
+def test_a_loss_below_the_optimum_stops_the_run(refused, tiny, sees_in_single_precision):
+    sees_in_single_precision()
+    line = refused("fit", *tiny, *MARKOV, "--run", "a", status=1)
+    assert line.startswith("LEAKS: classical GPT LEAKS: val_loss is ") and "found in validation only" in line
+    assert "below the least that a causal model can have" in line
+    last = read_checkpoint(LAST)
+    assert last["global_step"] == 4 and verdict(LAST) == verdict(BEST) == "LEAKS"
+    assert "val_loss is " in last["causality"]["reason"]
+    assert_every_row_is_labelled()
+    assert LanguageModel.load_from_checkpoint(LAST).label == "LEAKS"
+    line = refused("fit", *tiny, *MARKOV, "--run", "a", "--ckpt_path", "last", status=1)
+    assert "LEAKS: val_loss is" in line and read_checkpoint(LAST)["global_step"] == 4
+
+
+def test_a_loss_below_the_optimum_that_is_allowed(fit, capsys, sees_in_single_precision):
+    sees_in_single_precision()
+    assert fit(*MARKOV, "--run", "a", "--allow-noncausal") == 0
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("qattn: LEAKS: step 15") and verdict(LAST) == verdict(BEST) == "LEAKS"
+    assert_every_row_is_labelled()
+
+
+def test_a_loss_below_the_optimum_of_a_checkpoint(fit, capsys, sees_in_single_precision):
+    assert fit(*MARKOV, "--run", "a", "--trainer.max_steps", "5") == 0
+    assert verdict(LAST) == "causal"
+    before = Path(LAST).read_bytes()
+    sees_in_single_precision()
+    for command, stage in (("validate", "val"), ("test", "test")):
+        capsys.readouterr()
+        assert cli.main([command, "--ckpt_path", "runs/a"]) == 1
+        captured = capsys.readouterr()
+        title, *_ = captured.out.split("┏")
+        assert title.count("LEAKS") == 2 and f"{stage}_excess_error" in captured.out
+        *_, error = captured.err.splitlines()
+        assert error.startswith("qattn: error: ") and f"classical GPT LEAKS: {stage}_loss is " in error
+    assert Path(LAST).read_bytes() == before
 
 
 # --- it is allowed ----------------------------------------------------------------------------------------------

@@ -153,6 +153,52 @@ def test_a_guard_of_one_model_after_the_other(tmp_path):
         trainer(tmp_path, own).fit(Foreign(is_causal=False))
 
 
+# --- how much ---------------------------------------------------------------------------------------------------
+
+
+class OpenInLargeCalls(Sums):
+    """Causal as long as a call has few tokens."""
+
+    def __init__(self, most):
+        super().__init__(True)
+        self.most = most
+
+    def forward(self, tokens):
+        self.is_causal = tokens.numel() <= self.most
+        return super().forward(tokens)
+
+
+class ForeignInLargeCalls(Foreign):
+    def __init__(self, most):
+        super().__init__()
+        self.net = OpenInLargeCalls(most)
+
+
+@pytest.mark.parametrize("where", ["model", "loader"])
+def test_calls_as_large_as_the_runs_are_looked_at(tmp_path, where):
+    """Of 30 rows of 5: more than any other test makes."""
+    tokens = torch.randint(11, (60, 8), generator=torch.Generator().manual_seed(3))
+    loader = DataLoader(tokens, batch_size=30)
+
+    def fit(own, most):
+        model = ForeignInLargeCalls(most)
+        model.train_dataloader = lambda: loader
+        trainer(tmp_path, own).fit(model, *([loader] if where == "loader" else []))
+
+    fit(guard(), 30 * 7)  # the tokens of a training step are fewer by one than the loader's
+    fit(guard(run_batch_size=2), 30 * 5 - 1)  # by hand
+    with pytest.raises(NonCausalError, match="large calls"):
+        fit(guard(), 30 * 5 - 1)
+
+
+def test_what_was_not_looked_at_is_said(text, capsys):
+    model = LanguageModel(text.tokenizer, attention=Classical(), **SIZES | {"block_size": 130})
+    certificate = CausalityGuard(modes=("eval",)).check(model, 2)
+    assert certificate.passes and certificate.is_partial and model.label == ""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qattn: ")]
+    assert "causal in part" in line and "128 of the 130 positions" in line
+
+
 # --- when -------------------------------------------------------------------------------------------------------
 
 
