@@ -136,7 +136,7 @@ def installed(wanted: str) -> None:
     if (found, said) != (wanted, f"qattn {wanted}"):
         raise ReleaseError(f"version {found} is installed, and qattn --version says {said!r}; {wanted} was built")
     print(f"command: {said}")
-    home, public, modules = Path(sysconfig.get_path("purelib")), 0, 0
+    home, public, modules, waiting = Path(sysconfig.get_path("purelib")), 0, 0, []
     for name in PACKAGES:
         package = importlib.import_module(name)
         if not Path(package.__file__).is_relative_to(home):
@@ -147,16 +147,26 @@ def installed(wanted: str) -> None:
             except Exception as error:
                 raise ReleaseError(f"{name}.{public_name} cannot be had: {one_line(error)}") from error
             public += 1
-        # without the extras, which every module has to do without until it is used
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
             if module.name.endswith(".__main__"):
                 continue
+            modules += 1
             try:
                 importlib.import_module(module.name)
             except Exception as error:
-                raise ReleaseError(f"{module.name} cannot be imported: {one_line(error)}") from error
-            modules += 1
+                if not asks_for_extra(error):
+                    raise ReleaseError(f"{module.name} cannot be imported: {one_line(error)}") from error
+                waiting.append(module.name)
     print(f"imports: {public} public names, {modules} modules, without any extra")
+    if waiting:
+        print(f"extras: asked for by name by {', '.join(sorted(waiting))}")
+
+
+def asks_for_extra(error: Exception) -> bool:
+    """Whether an import failed for want of an extra, and says which: a module that is made for one may do so."""
+    extras = importlib.metadata.metadata("pennylane-qattn").get_all("Provides-Extra") or []
+    told = re.search(r"pip install 'pennylane-qattn\[([\w-]+)\]'", str(error))
+    return isinstance(error, ImportError) and told is not None and told[1] in extras
 
 
 def one_line(error: Exception) -> str:

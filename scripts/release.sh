@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks a release, and puts the archives that passed into dist/: one version in all files, a source archive and a wheel
-# that hold what they should, and a wheel that trains, certifies and writes text where nothing else is. Prints a line for
-# each thing it checked; the first fault ends it.
+# that hold what they should, and a wheel that runs the quickstart, certifies and writes text where nothing else is. Prints
+# a line for each thing it checked; the first fault ends it.
 #
 #   bash scripts/release.sh
 #
@@ -71,11 +71,13 @@ run() {
     echo "$word: $*"
 }
 
-run trained qattn fit --run release --data.corpus pydoc --model.preset qisa-16 --model.attention qisa \
-    --model.num_layers 1 --data.batch_size 8 --data.eval_windows 16 --trainer.max_steps 4 \
-    --trainer.val_check_interval 2 --trainer.enable_progress_bar false
-run certified qattn certify runs/release
-run wrote qattn generate --checkpoint runs/release --prompt "The " --max_new_tokens 8
+# The quickstart (scripts/quickstart.sh), with fewer steps, and what else a wheel has to do.
+run compared qattn compare --config "$work/sources/configs/quickstart.yaml" --sample_length 8 \
+    --fit.data '{"corpus": "pydoc", "batch_size": 8, "eval_windows": 16}' \
+    --fit.trainer '{"max_steps": 4, "val_check_interval": 2}'
+run cross-checked qattn cross-check --checkpoint runs/quickstart/qisa
+run certified qattn certify runs/quickstart/qisa
+run wrote qattn generate --checkpoint runs/quickstart/qisa --prompt "The " --max_new_tokens 8
 
 mkdir -p -- "$qattn_root/dist"
 find "$qattn_root/dist" -mindepth 1 -maxdepth 1 -name 'pennylane_qattn-*' -delete

@@ -1,5 +1,6 @@
 """What scripts/check_release.py finds wrong with a release, and that what setuptools builds here passes."""
 
+import importlib.metadata
 import io
 import runpy
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,58 @@ def test_what_setuptools_builds_passes(tmp_path, sources, capsys):
         subprocess.run(command, cwd=sources, check=True, capture_output=True)
     CHECK["archives"](sources, tmp_path / "dist")
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+# --- what is installed ------------------------------------------------------------------------------------------
+
+#: `installed`, in a folder that stands for an environment's, where some packages are not to be had.
+INSTALLED = """
+import importlib.machinery, importlib.metadata, runpy, sys, sysconfig
+site, version, check, *hidden = sys.argv[1:]
+find, read = importlib.machinery.PathFinder.find_spec, importlib.metadata.Distribution.from_name
+def find_spec(name, *where):
+    return None if name.partition(".")[0] in hidden else find(name, *where)
+def from_name(name):
+    if name in hidden:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return read(name)
+importlib.machinery.PathFinder.find_spec, importlib.metadata.Distribution.from_name = find_spec, from_name
+sys.path.insert(0, site)
+sysconfig.get_path = lambda name: site
+runpy.run_path(check)["installed"](version)
+"""
+#: What the extras `hf`, `fast` and `index` bring.
+OF_EXTRAS = ("transformers", "safetensors", "numba", "sklearn", "scikit-learn")
+
+
+@pytest.mark.slow
+def test_what_is_installed_without_extras_passes(tmp_path):
+    for name in CHECK["PACKAGES"]:
+        (tmp_path / name).symlink_to(ROOT / name)
+    info = tmp_path / f"pennylane_qattn-{VERSION}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(METADATA + "Provides-Extra: hf\n")
+    (tmp_path / "qattn").write_text(f"#!/bin/sh\necho qattn {VERSION}\n")
+    (tmp_path / "qattn").chmod(0o755)
+    command = [sys.executable, "-c", INSTALLED, tmp_path, VERSION, ROOT / "scripts" / "check_release.py", *OF_EXTRAS]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    *_, imports, extras = run.stdout.splitlines()
+    assert imports.startswith("imports: ") and imports.endswith("without any extra")
+    assert extras == "extras: asked for by name by lightning_modules.hugging_face, lightning_modules.pretrained"
+
+
+@pytest.mark.parametrize(
+    "error, passes",
+    [
+        (ImportError("needs transformers; install it with: pip install 'pennylane-qattn[hf]'"), True),
+        (ImportError("needs it; install it with: pip install 'pennylane-qattn[none]'"), False),
+        (ModuleNotFoundError("No module named 'transformers'"), False),
+        (ValueError("install it with: pip install 'pennylane-qattn[hf]'"), False),
+    ],
+)
+def test_only_an_error_that_names_an_extra_that_there_is_may_pass(monkeypatch, error, passes):
+    metadata = Message()
+    metadata["Provides-Extra"] = "hf"
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: metadata)
+    assert CHECK["asks_for_extra"](error) is passes
