@@ -1,5 +1,7 @@
 """`qattn export-hf`: a checkpoint as a folder of Hugging Face."""
 
+from pathlib import Path
+
 from lightning_modules.checkpoints import resolve
 from lightning_modules.circuit_commands import command_parser
 from lightning_modules.files import new_folder
@@ -29,6 +31,7 @@ def export_hf(argv: list[str]) -> None:
     with new_folder(options.output) as folder, pretrained.without_progress():
         pretrained.to_transformers(model).save_pretrained(folder)
         fast_tokenizer(model.tokenizer).save_pretrained(folder)
-        (folder / "README.md").write_text(pretrained.model_card(model, path), encoding="utf-8")
+        card = pretrained.model_card(model, path, Path(options.output).resolve().name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     line = f"written: {options.output}; its README.md is the model card, to which a licence is yours to add"
     print(with_label(line, model.label))

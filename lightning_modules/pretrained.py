@@ -7,6 +7,7 @@ read it, and nothing that a folder names is imported. Needs `transformers`, the 
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pennylane_qattn import Mechanism
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers import __version__ as transformers_version
     from transformers.modeling_outputs import CausalLMOutput
     from transformers.utils import logging
 except ImportError:
@@ -160,12 +162,13 @@ def without_progress() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def model_card(model: LanguageModel, checkpoint: Path) -> str:
+def model_card(model: LanguageModel, checkpoint: Path, name: str) -> str:
     """The card of a model, in Markdown.
 
     Args:
         model: the model.
         checkpoint: where it was read from; of a run, its configuration and metrics are told too.
+        name: of the folder, for the example.
     """
     shape, mechanism = model.gpt.config, model.attention
     parameters = sum(p.numel() for p in model.gpt.parameters() if p.requires_grad)
@@ -183,19 +186,32 @@ def model_card(model: LanguageModel, checkpoint: Path) -> str:
         "trainable parameters": f"{parameters:,}",
         "certificate of causality": f"{verdict} in part" if is_partial(causality) else verdict,
     }
+    if papers := _papers_of(mechanism):
+        facts["paper"] = ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n", f"# {title}\n"]
     parts.append("A language model with the attention of pennylane-qattn.\n\n" + _table("", "", facts))
     parts.append(_of_run(checkpoint))
     parts.append(
-        "## Use\n\n```python\nimport lightning_modules.pretrained  # of pennylane-qattn\n"
+        "## Use\n\n```bash\npip install 'pennylane-qattn[hf]'  # or, in a copy of its repository: pip install '.[hf]'\n"
+        f"```\n\n```python\nname = {json.dumps(name)}  # the folder, or the name of its repository on the Hub\n\n"
+        "import lightning_modules.pretrained  # of pennylane-qattn\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        "model = AutoModelForCausalLM.from_pretrained(name)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(name)\n"
         'tokens = tokenizer("The ", return_tensors="pt").input_ids\n'
         "print(tokenizer.decode(model.generate(tokens, max_new_tokens=8)[0]))\n```\n"
     )
-    parts.append(f"Exported by pennylane-qattn {version()}.\n")
+    versions = f"torch {torch.__version__} and transformers {transformers_version}"
+    parts.append(f"Exported by pennylane-qattn {version()} with {versions}.\n")
     return "\n".join(filter(None, parts))
+
+
+def _papers_of(mechanism: Mechanism) -> list[str]:
+    """The papers that a mechanism follows: those that its class names, or the nearest class above it that names any."""
+    for cls in type(mechanism).__mro__:
+        if cls is not Mechanism and (papers := re.findall(r"arXiv (\d{4}\.\d{4,5})", cls.__doc__ or "")):
+            return papers
+    return []
 
 
 def _of_run(checkpoint: Path) -> str:

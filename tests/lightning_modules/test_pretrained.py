@@ -1,5 +1,7 @@
 """Folders of Hugging Face from trained models, read by transformers, against the model itself."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -95,6 +97,9 @@ def test_the_command(tokenizer, tmp_path, capsys):
         "| text | pydoc |",
         "| seed | 7 |",
         "| cross_entropy | 2.25 |",
+        "| paper | [arXiv:2603.03318](https://arxiv.org/abs/2603.03318) |",
+        "pip install 'pennylane-qattn[hf]'",
+        f"with torch {torch.__version__} and transformers {transformers.__version__}.",
     ):
         assert line in card
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -104,19 +109,36 @@ def test_the_command(tokenizer, tmp_path, capsys):
     assert "exists already; name a new folder or an empty one" in capsys.readouterr().err
 
 
-def test_the_program_on_the_card_runs(tmp_path, capsys):
+def test_the_program_on_the_card_runs(tmp_path, capsys, monkeypatch):
     run = written(model_of(), tmp_path / "run")
     assert cli.main(["export-hf", "--checkpoint", str(run), "--output", str(tmp_path / "hf")]) == 0
     program = (tmp_path / "hf" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(program.replace("FOLDER", str(tmp_path / "hf")).replace("The ", "to "), {})
+    assert str(tmp_path) not in program
+    monkeypatch.chdir(tmp_path)  # where the folder is known by its name
+    exec(program.replace("The ", "to "), {})
     assert capsys.readouterr().out.splitlines()[-1].startswith("to ")
 
 
 def test_a_leak_is_told(tmp_path):
     model = model_of("qisa-published")
     model.causality = {"verdict": "LEAKS"}
-    card = model_card(model, written(model, tmp_path) / "checkpoints" / "best.ckpt")
+    card = model_card(model, written(model, tmp_path) / "checkpoints" / "best.ckpt", "leaking")
     assert "LEAKS" in card.split("\n## ")[0] and "## Training" not in card
+
+
+@pytest.mark.parametrize(
+    "name, paper",
+    [("classical", "1706.03762"), ("qsann", "2205.05625"), ("qisa-published", "2603.03318"), ("grover", "2307.08045")],
+)
+def test_the_card_names_the_paper(name, paper, tmp_path):
+    model = model_of(name)
+    card = model_card(model, written(model, tmp_path) / "checkpoints" / "best.ckpt", name)
+    assert re.findall(r"arXiv:([\d.]+)", card) == [paper]
+
+
+def test_the_card_of_what_is_in_no_paper_names_none(tmp_path):
+    model = model_of("gaussian")
+    assert "arXiv" not in model_card(model, written(model, tmp_path) / "checkpoints" / "best.ckpt", "gaussian")
 
 
 def test_a_configuration_of_nothing_is_refused():
