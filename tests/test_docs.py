@@ -1,5 +1,6 @@
 """The pages: their Python runs and prints what they say, their commands and options exist, their YAML is understood."""
 
+import dataclasses
 import doctest
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from lightning_modules import cli
+from lightning_modules.benchmarks import command as benchmark
 from pennylane_qattn import ANSATZE, ATTENTION, Execution
 from pennylane_qattn.registry import Registry
 
@@ -30,6 +32,8 @@ PAGES = sorted(
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 #: What `qattn` reads out of a page's YAML.
 INNER = {"attention": ATTENTION, "ansatz": ANSATZE}
+#: Options of mechanisms, which the help of `qattn fit` leaves to theirs.
+OF_MECHANISMS = {f"--model.attention.{field.name}" for cls in ATTENTION.values() for field in dataclasses.fields(cls)}
 
 
 def blocks(page: str, *languages: str) -> list[tuple[int, str]]:
@@ -39,10 +43,19 @@ def blocks(page: str, *languages: str) -> list[tuple[int, str]]:
     return [(text[: m.start()].count("\n") + 1, m[2]) for m in found if m[1] in languages]
 
 
-def commands(page: str) -> list[str]:
+def shell_lines(page: str) -> list[str]:
+    """The lines of a page's blocks of bash, those that go on joined."""
     shell = "".join(block for _, block in blocks(page, "bash")).replace("\\\n", " ")
-    lines = [re.sub("^torchrun .* (?=qattn )", "", line) for line in shell.splitlines()]
+    return [line for line in shell.splitlines() if line and not line.startswith("#")]
+
+
+def commands(page: str) -> list[str]:
+    lines = [re.sub("^(torchrun|sbatch) .*?(?=qattn )", "", line).rstrip("'") for line in shell_lines(page)]
     return [line for line in lines if line.startswith("qattn ")]
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def run(code: str, line: int, names: dict, page: str) -> None:
@@ -79,7 +92,8 @@ def module():
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own code
 @pytest.mark.parametrize("page", PAGES)
-def test_the_python_runs_and_prints_what_the_page_says(page, module):
+def test_the_python_runs_and_prints_what_the_page_says(page, module, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     for line, code in blocks(page, "python"):
         run(code, line, vars(module), page)
@@ -124,7 +138,51 @@ def test_commands_and_their_options_exist(page, known_options, capsys):
             continue
         assert command in cli.COMMANDS, line
         for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-            assert option in known_options(command, capsys), f"{page}: qattn {command} has no {option}"
+            known = known_options(command, capsys) | (OF_MECHANISMS if command == "fit" else set())
+            assert option in known, f"{page}: qattn {command} has no {option}"
+
+
+def wrong_script(line: str, page: str, capsys) -> str | None:
+    """What is wrong with a line that calls a script: no such file, or an option that it does not have."""
+    found = re.match(r"(?:[A-Z_]+=\S+ )*(python|bash|sbatch) (scripts/\S+)(.*)", line.partition(" > ")[0])
+    if not found:
+        return None
+    program, path, rest = found.groups()
+    script = ROOT / path
+    if not script.is_file():
+        return f"{page}: there is no {path}"
+    arguments = shlex.split(rest, comments=True)
+    if script.name == "benchmark.py":
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="^0$"):
+            benchmark.main([arguments[0], "--help"])
+        text = capsys.readouterr().out
+    else:
+        text = script.read_text(encoding="utf-8")
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    unknown = [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", text)]
+    return f"{page}: {path} has no {unknown[0]}" if unknown else None
+
+
+@pytest.mark.parametrize("page", [*PAGES, "README.md"])
+def test_scripts_and_their_options_exist(page, capsys):
+    wrong = [found for line in shell_lines(page) if (found := wrong_script(line, page, capsys))]
+    assert wrong == []
+
+
+def test_a_script_that_is_not_there_and_an_option_that_it_lacks_are_found(capsys):
+    assert wrong_script("A=1 bash scripts/none.sh --slow", "a page", capsys) == "a page: there is no scripts/none.sh"
+    assert wrong_script("bash scripts/test.sh --slo  # all", "a page", capsys).endswith("scripts/test.sh has no --slo")
+    assert wrong_script("bash scripts/test.sh --slow", "a page", capsys) is None
+    line = "python scripts/benchmark.py peers --no_such_option"
+    assert wrong_script(line, "a page", capsys).endswith("has no --no_such_option")
+
+
+@pytest.mark.parametrize("page", [*PAGES, "README.md"])
+def test_commands_stand_in_fences(page):
+    """Where these tests see them. What a command says may be indented, `qattn: error: ...`."""
+    text = prose((ROOT / page).read_text(encoding="utf-8"))
+    assert re.findall(r"^    (?:qattn|torchrun|sbatch|python|bash) .*", text, re.MULTILINE) == []
 
 
 @pytest.mark.slow
@@ -140,6 +198,132 @@ def test_the_commands_to_begin_with_run(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, f"{line}\n{run.stderr}"
     assert (tmp_path / "runs" / "first").is_dir()
+
+
+#: Why a command of a page is not run here.
+NOT_RUN = {
+    "--trainer.strategy ddp": "several processes: tests/cli/test_distributed.py runs them",
+    "gpt1-fsdp.yaml": "needs GPUs; test_distributed has the strategy",
+    "$SLURM_ARRAY_TASK_ID": "SLURM says the number; test_study runs shards",
+    "qattn merge": "joins the thirty parts of an array; test_study merges",
+    "my_package": "stands for a module of the reader's",
+    "hf:openai-community": "fetches a model from the Hub",
+    "dense.qubit": "the device of that page, which its Python has made for its own process",
+    "devices --try": "minutes; test_devices_command tries the devices that are there",
+    "qattn grover": "minutes; tests/cli/test_grover.py has it at a small size",
+    "--model.execution.processes": "starts processes of its own; test_spreading has them",
+}
+#: What makes a command small, after its own options.
+MODEL = "--model.num_layers 1 --data.batch_size 2 --data.eval_windows 4 --trainer.enable_progress_bar false"
+SMALL = {
+    "fit": f"{MODEL} --data.corpus pydoc --trainer.val_check_interval 1 --trainer.limit_val_batches 1",
+    "test": "--data.eval_windows 4",
+    "generate": "--max_new_tokens 4",
+    "report": "--sample_length 4 --overwrite",
+    "cross-check": "--windows 2 --steps 1 --batch 1",
+    "noise-sweep": "--windows 1 --repetitions 2 --shots 10 --overwrite",
+}
+TEXT = """--corpora {} --fit.data '{"corpus": "pydoc", "batch_size": 2, "eval_windows": 4}'"""
+SMALL["compare"] = f"--dry_run true {TEXT}"
+QUICKSTART = f"""--sample_length 4 --fit.trainer '{{"max_steps": 2, "val_check_interval": 1}}' {TEXT}"""
+
+
+def reason_not_to_run(line: str) -> str | None:
+    return next((reason for part, reason in NOT_RUN.items() if part in line), None)
+
+
+def small(line: str) -> list[str]:
+    """The arguments of a command, made small: a run of two steps, or of four where it goes on."""
+    _, command, *arguments = shlex.split(line.partition(" > ")[0], comments=True)
+    more = QUICKSTART if "configs/quickstart.yaml" in arguments else SMALL.get(command, "")
+    if command == "fit":
+        more += f" --trainer.max_steps {4 if '--ckpt_path' in arguments else 2}"
+    return [command, *arguments, *shlex.split(more)]
+
+
+@pytest.fixture
+def beside_configs(monkeypatch, tmp_path):
+    """An empty folder with the configs; what `qattn` sets for its process is undone. Shapes are as in `module`."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
+    yield tmp_path
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch.use_deterministic_algorithms(deterministic)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+
+
+def run_small(lines: list[str], capsys) -> None:
+    for line in lines:
+        if reason_not_to_run(line):
+            continue
+        arguments = small(line)
+        if arguments[0] == "export-hf":
+            pytest.importorskip("transformers")
+        capsys.readouterr()
+        assert cli.main(arguments) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore")  # of commands at sizes that nobody would choose
+@pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page != "docs/start.md" and commands(page))])
+def test_the_commands_of_a_page_run(page, beside_configs, capsys):
+    """In their order, at a small size; a page other than the README takes the run that the README trains."""
+    if page != "README.md":
+        training = [line for line in commands("README.md") if line.startswith("qattn fit ") and "--run" not in line]
+        run_small(training, capsys)
+    run_small(commands(page), capsys)
+
+
+def test_what_is_not_run_is_still_on_a_page():
+    lines = [line for page in ("README.md", *PAGES) for line in commands(page)]
+    assert [part for part in NOT_RUN if not any(part in line for line in lines)] == []
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------
+
+
+#: The pages of the mechanisms have a stricter test of their own; the others here are printed by a command.
+WITH_FORMULAS = [page for page in PAGES if not page.startswith(("docs/grover/", "docs/mechanisms/"))]
+WITH_FORMULAS.append("docs/mechanisms/index.md")
+FORMULA = re.compile(
+    r"^\$\$|\$\$$"  # on lines of its own
+    r"|(?<![$`\\])\$[^$\n]*(?:=|\\le\b|\\approx|\\propto)[^$\n]*\$"  # a relation within a sentence
+    r"|[√∂⟨∑].*",  # without LaTeX
+    re.MULTILINE,
+)
+
+
+def formulas_without_code(text: str) -> list[str]:
+    """Headings of sections with formulas after which no code compares anything, before the next such section."""
+    first, *parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    waiting: list[str] = []
+    wrong: list[str] = []
+    for heading, section in [("", first), *zip(parts[::2], parts[1::2], strict=True)]:
+        if FORMULA.search(prose(section)):
+            wrong += waiting
+            waiting = [heading]
+        code = "".join(re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE))
+        if re.search(r"^ *assert |assert_\w+\(|^True$", code, re.MULTILINE):
+            waiting = []
+    return wrong + waiting
+
+
+@pytest.mark.parametrize("page", WITH_FORMULAS)
+def test_formulas_have_code_beside_them_that_compares(page):
+    assert formulas_without_code((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_a_formula_without_code_is_found():
+    compared = "## A\n\n$$\na = b\n$$\n\n```python\nassert a == b\n```\n"
+    assert formulas_without_code(compared) == []
+    assert formulas_without_code(compared.replace("assert", "print")) == ["A"]
+    for formula in ("as $x \\le y$ says", "the root √((1 − p)/N)", "    ∂L/∂x = 2"):
+        assert formulas_without_code(f"## B\n\n{formula}\n\n{compared}") == ["B"]
+    assert formulas_without_code("## C\n\nof $n$ keys, in `$HOME` and ~$x\n") == []
 
 
 @pytest.mark.parametrize("page", PAGES)
