@@ -69,22 +69,29 @@ def text_of(results: Sequence[Result], beside: str) -> str:
     """The page; `beside` is the folder of the pictures."""
     machines = [dict(result.machine) for result in results]
     shared = machines[0] if all(machine == machines[0] for machine in machines) else None
-    lines = [OPENING]
+    lines, settings = [OPENING], {}
     if shared:
         lines += ["## Machine", "", *_machine(shared), ""]
     for result in results:
         device = result.machine.get("device", "CPU")
         where = "" if device == "CPU" else f", on {device}"
-        lines += [f"## {markdown(result.title + where)}", "", f"{markdown(result.setting)}", ""]
+        heading = _told_apart(result, settings.setdefault(result.title + where, result.setting)) + where
+        lines += [f"## {markdown(heading)}", "", f"{markdown(result.setting)}", ""]
         lines += ["```bash", result.command, "```", ""]
         if not shared:
             lines += [*_machine(result.machine), ""]
         lines += [*markdown_table(result), ""]
         lines += [line for note in result.notes for line in (markdown(note), "")]
         if picture(result) is not None:
-            lines += [f"![{markdown(result.title + where)}]({beside}/{result.name}.png)", ""]
+            lines += [f"![{markdown(heading)}]({beside}/{result.name}.png)", ""]
         lines += [f"All numbers: [{result.name}.json]({beside}/{result.name}.json)", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _told_apart(result: Result, first: str) -> str:
+    """The title; with what is set otherwise than in the first result of that title, whose setting is `first`."""
+    other = [part for part in result.setting.split(", ") if part not in first.split(", ")]
+    return f"{result.title}: {', '.join(other)}" if other else result.title
 
 
 def _machine(machine: Mapping[str, str | int]) -> list[str]:

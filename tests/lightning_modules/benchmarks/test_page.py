@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from lightning_modules.benchmarks.command import main
-from lightning_modules.benchmarks.page import text_of
+from lightning_modules.benchmarks.page import read, text_of
 
 
 def words(text: str) -> set[str]:
@@ -57,6 +58,23 @@ def test_each_has_its_machine_where_they_differ(result):
     text = text_of([result, other], "x")
     assert "## Machine" not in text
     assert "an \\*abacus\\*" in text and "an adding machine" in text
+
+
+def test_results_of_one_title_are_told_apart_by_their_setting(result):
+    first = dataclasses.replace(result, title="Time", setting="2 layers, 16 tokens, float32")
+    second = dataclasses.replace(first, name="second", setting="2 layers, 4,096 tokens, batch 1, float32")
+    on_another = dataclasses.replace(second, name="third", machine={"device": "GPU"})
+    headings = [line for line in text_of([first, second, on_another], "x").splitlines() if line[:3] == "## "]
+    assert headings == ["## Time", "## Time: 4,096 tokens, batch 1", "## Time, on GPU"]
+
+
+def test_the_page_of_the_documentation_is_made_of_the_results_beside_it():
+    page = Path(__file__).parents[3] / "docs" / "benchmark.md"
+    results = sorted(read(page.with_suffix("")), key=lambda result: (result.name.startswith("generate"), result.name))
+    text = page.read_text(encoding="utf-8")
+    assert text_of(results, "benchmark") == text
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(set(headings)) == len(headings) == len(results)
 
 
 def test_the_page_can_be_made_again_from_what_lies_beside_it(written, tmp_path):
