@@ -95,8 +95,7 @@ def _write_page(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     """Runs a benchmark, prints what it found, and writes it."""
     use_device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     folder = Path(options.output)
     _check_writable(folder)
     for result in options.run(options):

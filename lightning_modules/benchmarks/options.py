@@ -37,7 +37,7 @@ def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Adds the options that every benchmark has; `rounds` is how often things are timed by default."""
     add = parser.add_argument
     add("--rounds", type=positive, default=rounds, metavar="N", help="how often each is timed (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="torch's threads (default: torch's own choice)")
+    add("--threads", type=positive, metavar="N", default=1, help="torch's threads (default: %(default)s)")
     add("--device", choices=DEVICES, default="cpu", help="where it runs (default: %(default)s)")
     add("--output", default="runs/benchmark", metavar="DIR", help="where JSON and PNG go (default: %(default)s)")
 

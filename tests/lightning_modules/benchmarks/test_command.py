@@ -1,6 +1,7 @@
 """Options, exit status and what stands in the package: no benchmark has a way that users do not have."""
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 
@@ -83,6 +84,18 @@ def test_threads_are_fixed_and_told(run):
 
 def test_the_command_is_kept_without_its_folder():
     line = "python scripts/benchmark.py attention --batch 2 --mechanisms 'a b'"
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_one_thread_unless_told_otherwise(benchmark, capsys, monkeypatch, tmp_path):
+    module = importlib.import_module(f"lightning_modules.benchmarks.{BENCHMARKS[benchmark][0]}")
+    threads = []
+    monkeypatch.setattr(module, "run", lambda options: threads.append(machine.describe("cpu")["threads"]) or [])
+    torch.set_num_threads(3)
+    assert main([benchmark, "--output", str(tmp_path)]) == 0 and threads == [1]
+    with pytest.raises(SystemExit):
+        main([benchmark, "--help"])
+    assert "torch's threads (default: 1)" in " ".join(capsys.readouterr().out.split())
+
+
     for arguments in (
         ["--output", "/x", "--batch", "2"],
         ["--output=/x", "--batch", "2"],
