@@ -34,7 +34,7 @@ class DenseObservables(nn.Module):
         self.num_wires = len(words[0])
         self.padding = 2**self.num_wires - num_features
         self.weights = nn.Parameter(torch.zeros(1, 3, self.num_wires))
-        self.register_buffer("observables", torch.stack([_product(word) for word in words]).to(dtype))
+        self.register_buffer("observables", torch.stack([word_matrix(word) for word in words]).to(dtype))
         ring = [(wire, (wire + 1) % self.num_wires) for wire in range(self.num_wires) if self.num_wires > 1]
         cnots = [_cnot(*pair, self.num_wires) for pair in ring]
         self.register_buffer("ring", torch.stack(cnots).to(dtype) if cnots else torch.empty(0))
@@ -69,7 +69,7 @@ def _ry(angle: Tensor) -> Tensor:
     return torch.complex(real, torch.zeros_like(real)).reshape(2, 2)
 
 
-def _product(word: str) -> Tensor:
+def word_matrix(word: str) -> Tensor:
     """The matrix of a Pauli word."""
     matrix = torch.ones(1, 1, dtype=torch.complex128)
     for letter in word:

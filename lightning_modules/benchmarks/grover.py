@@ -4,11 +4,20 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.benchmarks import machine
-from lightning_modules.benchmarks.options import add_common, name_on, positive, shown, spread_note, synchronize_of
+from lightning_modules.benchmarks.checks import check_layer
+from lightning_modules.benchmarks.options import (
+    add_common,
+    name_on,
+    positive,
+    shown,
+    spread_note,
+    synchronize_of,
+    two_or_more,
+)
 from lightning_modules.benchmarks.result import CheckFailed, Column, Result
 from lightning_modules.timing import forward, forward_and_backward, interleaved_ratios
 from pennylane_qattn import Attention, LinearFeatureMap, ScaledDotScore, build_attention
@@ -33,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `benchmark.py grover`."""
     add_common(parser, rounds=9)
     add = parser.add_argument
-    add("--length", type=positive, default=256, metavar="N", help="tokens of the layers (default: %(default)s)")
+    add("--length", type=two_or_more, default=256, metavar="N", help="tokens of the layers (default: %(default)s)")
     add("--keys", type=positive, default=8192, metavar="N", help="keys of the sparse product (default: %(default)s)")
     add("--kept", type=positive, default=32, metavar="N", help="keys that its rows keep (default: %(default)s)")
 
@@ -48,8 +57,7 @@ def run(options: argparse.Namespace) -> Iterator[Result]:
         return shown(range(options.rounds), doing)
 
     layers = grover_layers(options.length, options.device)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, options.length, WIDTH, generator=generator).to(options.device)
+    x = embeddings(options.length, options.device)
     passes = {"inference": forward, "training": forward_and_backward}
     ratios = {
         kind: interleaved_ratios(
@@ -84,16 +92,24 @@ def run(options: argparse.Namespace) -> Iterator[Result]:
     )
 
 
-def grover_layers(length: int, device: str) -> dict[str, nn.Module]:
+def embeddings(length: int, device: str) -> Tensor:
+    """What the layers read."""
+    return torch.randn(BATCH, length, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def grover_layers(length: int, device: str) -> dict[str, Attention]:
     """Layers with the same weights; the softmax also as conditional amplification, which must give the same."""
     torch.manual_seed(0)
     softmax = build_attention("grover", WIDTH, HEADS, length, marks="softmax", conditional=True)
-    layers: dict[str, nn.Module] = {WRITTEN_OUT: WrittenOut(WIDTH, HEADS, length)}
+    layers: dict[str, Attention] = {WRITTEN_OUT: WrittenOut(WIDTH, HEADS, length)}
     layers["softmax, fused"] = build_attention("classical", WIDTH, HEADS, length)
     layers["amplification, conditional softmax marks"] = softmax
     for name, options in {
         "amplification, iterations per row": {},
-        "amplification, quarter rule": {"iterations": "quarter"},
+        "amplification, quarter rule": {
+            "iterations": "quarter",
+            "threshold": "fixed",
+        },  # the rule sets thresholds by itself
         "amplification, fixed point": {"iterations": "fixed-point"},
         "amplification, phase oracle": {"oracle": "phase", "iterations": 2},
     }.items():
@@ -101,13 +117,13 @@ def grover_layers(length: int, device: str) -> dict[str, nn.Module]:
     for layer in layers.values():
         layer.load_state_dict(softmax.state_dict(), strict=False)
         layer.to(device)
-    x = torch.randn(2, length, WIDTH).to(device)
-    outputs = {name: layer(x).detach() for name, layer in layers.items()}
+    x = embeddings(length, device)
+    for name, layer in layers.items():
+        check_layer(name, layer, x)
+    with torch.no_grad():
+        outputs = {name: layer(x) for name, layer in layers.items()}
     for name in list(layers)[1:3]:
         _check_close(name, outputs[name], outputs[WRITTEN_OUT], rtol=1e-4, atol=1e-5)
-    for name, output in outputs.items():
-        if output.shape != x.shape or not output.isfinite().all():
-            raise CheckFailed(f"{name}: the output is not finite, or of another shape than {tuple(x.shape)}")
     return layers
 
 

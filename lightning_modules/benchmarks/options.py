@@ -93,6 +93,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def two_or_more(text: str) -> int:
+    """A number of tokens of which one has a past."""
+    number = positive(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("must be at least 2, for a token to have a past; got 1")
+    return number
+
+
 def positive_number(text: str) -> float:
     """A finite number above 0."""
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.benchmarks import machine
+from lightning_modules.benchmarks.checks import check_layer
 from lightning_modules.benchmarks.options import (
     Variant,
     add_common,
@@ -25,8 +26,9 @@ from lightning_modules.benchmarks.options import (
     positive_number,
     shown,
     synchronize_of,
+    two_or_more,
 )
-from lightning_modules.benchmarks.result import Cell, CheckFailed, Column, Result
+from lightning_modules.benchmarks.result import Cell, Column, Result
 from lightning_modules.timing import forward_and_backward, interleaved_seconds
 from pennylane_qattn import Attention
 from pennylane_qattn.features import PerHeadFeatureMap, circuit_within
@@ -123,11 +125,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="what to vary (default: all)")
     numbers = {"nargs": "+", "type": positive, "metavar": "N"}
     add("--widths", **numbers, default=[16, 32, 64, 128, 256, 512], help="d (default: 16 to 512)")
-    add("--lengths", **numbers, default=[32, 64, 128, 256, 512, 1024, 2048], help="T (default: 32 to 2,048)")
+    add(
+        "--lengths",
+        **numbers | {"type": two_or_more},
+        default=[32, 64, 128, 256, 512, 1024, 2048],
+        help="T (default: 32 to 2,048)",
+    )
     add("--heads", **numbers, default=[1, 2, 4, 8, 16], help="H (default: 1 to 16)")
     add("--qubits", **numbers, default=[3, 4, 5, 6, 7, 8, 9, 10], help="n, by angle encoding (default: 3 to 10)")
     add("--width", type=positive, default=64, metavar="N", help="d where it is not varied (default: %(default)s)")
-    add("--length", type=positive, default=128, metavar="N", help="T where it is not varied (default: %(default)s)")
+    add("--length", type=two_or_more, default=128, metavar="N", help="T where it is not varied (default: %(default)s)")
     add("--batch", type=positive, default=4, metavar="N", help="windows in a batch (default: %(default)s)")
     help = "sizes whose written-out weights would take more are left out (default: %(default)s)"
     add("--memory", type=positive_number, default=2.0, metavar="GIB", help=help)
@@ -197,7 +204,7 @@ class Series:
     def check(self) -> None:
         """Checks the layers of all sizes; `CheckFailed` at the first fault."""
         for size, (layer, x) in self.layers.items():
-            check_layer(f"{self.name} = {size}", layer, x)
+            check_layer(f"{self.name} = {size}", layer, x, leaks=self.variant.mechanism.is_published)
 
     def row(self, rounds: int, device: str) -> dict[str, Cell]:
         """Times of all sizes, with their exponent."""
@@ -253,21 +260,6 @@ def bytes_of_weights(attention: Attention, batch: int, length: int) -> int:
     if not writes_weights(attention):
         return 0
     return 4 * TENSORS_OF_WEIGHTS * batch * attention.num_heads * length**2
-
-
-def check_layer(name: str, layer: Attention, x: Tensor) -> None:
-    """A layer gives as many vectors as it reads, finite ones, and its input gets a finite gradient.
-
-    Raises:
-        CheckFailed: if not.
-    """
-    with torch.no_grad():
-        output = layer(x)
-    gradient = forward_and_backward(layer, x)
-    if output.shape != x.shape:
-        raise CheckFailed(f"{name}: {tuple(x.shape)} became {tuple(output.shape)}")
-    if not (output.isfinite().all() and gradient.isfinite().all() and gradient.any()):
-        raise CheckFailed(f"{name}: the output or the gradient is not finite, or there is no gradient")
 
 
 # --- exponents --------------------------------------------------------------------------------------------------

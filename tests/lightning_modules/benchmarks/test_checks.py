@@ -1,22 +1,31 @@
 """The check of what is timed: every mechanism passes, and every planted fault is found and named."""
 
 import copy
+import os
 
 import pytest
 import torch
 
-from lightning_modules.benchmarks.checks import check_formula, check_fused, check_model
+from lightning_modules.benchmarks.checks import check_formula, check_fused, check_maps, check_model
+from lightning_modules.benchmarks.options import variant
 from lightning_modules.benchmarks.result import CheckFailed
 from lightning_modules.gpt import GPT, GPTConfig
 from pennylane_qattn import (
     ATTENTION,
     Attention,
     GaussianScore,
+    LinearFeatureMap,
     OverlapScore,
     PublishedGaussianScore,
     ScaledDotScore,
     build_attention,
+    kernels,
 )
+from pennylane_qattn.features import CircuitFeatureMap, QuadraticFeatureMap, StateFeatureMap
+from pennylane_qattn.grover.score import AmplificationScore
+from pennylane_qattn.grover.sparse_score import SparseDotScore
+from pennylane_qattn.published import PublishedAttention
+from pennylane_qattn.value_maps import LearnedQuadraticFeatureMap
 
 CONFIG = GPTConfig(vocab_size=11, block_size=7, num_layers=2, num_heads=2, embed_dim=6)
 
@@ -133,6 +142,73 @@ def test_a_model_whose_attention_is_another_formula(baseline, tokens, monkeypatc
         check_model("planted", model, baseline, tokens)
 
 
+def test_values_that_are_right_for_few_tokens_alone(baseline, tokens, monkeypatch):
+    model = model_of(ATTENTION.build("qisa"))
+    right = CircuitFeatureMap.per_head
+    zeroed = lambda self, x: right(self, x) * (0 if x.shape[1] > 14 else 1)  # noqa: E731  # two rows are 14 tokens
+    monkeypatch.setattr(CircuitFeatureMap, "per_head", zeroed)
+    check_model("planted", model, baseline, tokens[:2])
+    with pytest.raises(CheckFailed, match="^planted: the parameter .* gets no gradient"):
+        check_model("planted", model, baseline, tokens)
+    halved = lambda self, x: right(self, x) * (0.5 if x.shape[1] > 14 else 1)  # noqa: E731
+    monkeypatch.setattr(CircuitFeatureMap, "per_head", halved)
+    with pytest.raises(CheckFailed, match="^planted, in the whole batch: the logits differ by "):
+        check_model("planted", model, baseline, tokens)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (lambda values: 1.01 * values, "the logits differ by "),
+        (lambda values: values + 0.1 * (values - values.detach()), "the gradient of .* differs by "),
+    ],
+)
+def test_a_kernel_that_computes_something_else(fault, message, baseline, tokens, monkeypatch):
+    """What is wrong with kernels alone, though every other call is right."""
+    model = model_of(ATTENTION.build("qisa-absorbed"))
+    right = QuadraticFeatureMap.per_head
+
+    def per_head(self, x):
+        values = right(self, x)
+        return values if os.environ.get(kernels.SWITCH) == "0" else fault(values)
+
+    monkeypatch.setattr(QuadraticFeatureMap, "per_head", per_head)
+    with pytest.raises(CheckFailed, match=f"^planted, in the whole batch: {message}.* its first rows without kernels"):
+        check_model("planted", model, baseline, tokens)
+    assert kernels.SWITCH not in os.environ
+
+
+@pytest.mark.parametrize(
+    "name, feature_map, method, what",
+    [
+        ("classical", LinearFeatureMap, "forward", "queries"),
+        ("qisa", CircuitFeatureMap, "per_head", "values"),
+        ("qisa:split=true", CircuitFeatureMap, "per_head", "values"),
+        ("qsann", CircuitFeatureMap, "per_head", "queries"),
+        ("overlap", StateFeatureMap, "per_head", "queries"),
+        ("scaled-dot", QuadraticFeatureMap, "per_head", "values"),
+        ("scaled-dot:split=true", QuadraticFeatureMap, "per_head", "values"),
+        ("ngram", LearnedQuadraticFeatureMap, "per_head", "values"),
+    ],
+)
+def test_another_feature_map_is_found(name, feature_map, method, what, monkeypatch):
+    torch.manual_seed(0)
+    attention = variant(name).mechanism(6, 2, 7)
+    check_maps(name, attention)
+    right = getattr(feature_map, method)
+    monkeypatch.setattr(feature_map, method, lambda self, x: 3 * right(self, x) + 1)
+    with pytest.raises(CheckFailed, match=f"^{name}: the {what} differ by .* from {feature_map.__name__} written out"):
+        check_maps(name, attention)
+
+
+def test_a_model_with_another_value_map(baseline, tokens, monkeypatch):
+    model = model_of(ATTENTION.build("qisa"))
+    right = CircuitFeatureMap.per_head
+    monkeypatch.setattr(CircuitFeatureMap, "per_head", lambda self, x: 3 * right(self, x) + 1)
+    with pytest.raises(CheckFailed, match="^planted: the values differ by .* from CircuitFeatureMap written out"):
+        check_model("planted", model, baseline, tokens)
+
+
 def test_logits_of_another_kind(baseline, tokens):
     other = model_of(ATTENTION.build("classical"), vocab_size=13)
     with pytest.raises(
@@ -162,6 +238,36 @@ def test_another_formula_is_found(name, score, method, monkeypatch):
     monkeypatch.setattr(score, method, lambda self, *inputs: 1.05 * right(self, *inputs))
     with pytest.raises(CheckFailed, match=rf"^{name} differs by .* from softmax\({score.__name__}\) written out"):
         check_formula(name, attention)
+
+
+def test_the_last_tokens_of_a_long_block_are_compared_too(monkeypatch):
+    attention = build_attention("gaussian", 6, 2, 41)
+    check_formula("gaussian", attention)
+    right = type(attention).forward
+
+    def late(self, x, **context):
+        return torch.cat((right(self, x)[:, :37], 1.01 * right(self, x)[:, 37:]), dim=1)
+
+    monkeypatch.setattr(type(attention), "forward", late)
+    with pytest.raises(CheckFailed, match=r"^gaussian differs by .* from softmax\(GaussianScore\) written out"):
+        check_formula("gaussian", attention)
+
+
+@pytest.mark.parametrize("name, score", [("grover", AmplificationScore), ("grover-sparse", SparseDotScore)])
+def test_without_a_formula_the_weights_are_written_out(name, score, monkeypatch):
+    attention = build_attention(name, 6, 2, 41)
+    check_formula(name, attention)
+    right = score.attend
+    monkeypatch.setattr(score, "attend", lambda self, *inputs: 1.01 * right(self, *inputs))
+    with pytest.raises(CheckFailed, match=f"^{name} differs by .* from its weights and values written out"):
+        check_formula(name, attention)
+
+
+def test_the_published_forms_have_their_formula(baseline, tokens, monkeypatch):
+    model = model_of(ATTENTION.build("qisa-published"))
+    monkeypatch.setattr(PublishedAttention, "applied", lambda self, weights, visibility: 1.0 * weights)
+    with pytest.raises(CheckFailed, match=r"^planted differs by .* from softmax\(PublishedGaussianScore\) written out"):
+        check_model("planted", model, baseline, tokens, leaks=True)
 
 
 def test_the_gaussian_formula_by_hand():

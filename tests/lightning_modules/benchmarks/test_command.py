@@ -28,6 +28,8 @@ SOURCES = sorted(Path(lightning_modules.benchmarks.__file__).parent.glob("*.py")
         (["attention", "--mechanisms", "qisa:split=maybe"], "split must be true or false; got 'maybe'"),
         (["attention", "--mechanisms", "gaussian:values=cubic"], "values must be one of linear, "),
         (["attention", "--length", "1"], "must be at least 2, for a token to have a past; got 1"),
+        (["scaling", "--lengths", "1", "2"], "must be at least 2, for a token to have a past; got 1"),
+        (["grover", "--length", "1"], "must be at least 2, for a token to have a past; got 1"),
         (["attention", "--num_heads", "3"], "embed_dim must be divisible by num_heads; got 16 and 3"),
         (["attention", "--target", "qis", "inference", "2"], "a target is for one of the mechanisms "),
         (["attention", "--target", "qisa", "speed", "2"], "one of inference, training, peak, activations; got 'speed'"),
@@ -82,8 +84,6 @@ def test_threads_are_fixed_and_told(run):
     assert "threads 2;" in out
 
 
-def test_the_command_is_kept_without_its_folder():
-    line = "python scripts/benchmark.py attention --batch 2 --mechanisms 'a b'"
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_one_thread_unless_told_otherwise(benchmark, capsys, monkeypatch, tmp_path):
     module = importlib.import_module(f"lightning_modules.benchmarks.{BENCHMARKS[benchmark][0]}")
@@ -96,6 +96,8 @@ def test_one_thread_unless_told_otherwise(benchmark, capsys, monkeypatch, tmp_pa
     assert "torch's threads (default: 1)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_command_is_kept_without_its_folder():
+    line = "python scripts/benchmark.py attention --batch 2 --mechanisms 'a b'"
     for arguments in (
         ["--output", "/x", "--batch", "2"],
         ["--output=/x", "--batch", "2"],

@@ -1,11 +1,14 @@
 """Circuits on devices, amplification and sparse products, on tiny sizes."""
 
+import re
+
 import pytest
 import torch
 
 from lightning_modules.benchmarks.grover import LargestTensor
 from lightning_modules.benchmarks.result import Result
 from pennylane_qattn import CircuitLayer
+from pennylane_qattn.grover.score import AmplificationScore
 from pennylane_qattn.grover.sparse import SparseAttention
 
 GROVER = ("grover", "--length", "5", "--keys", "7", "--kept", "3", "--rounds", "2")
@@ -58,11 +61,35 @@ def test_products_that_differ_end_the_run(run, monkeypatch):
 
 
 def test_layers_that_differ_end_the_run(run, monkeypatch):
-    from pennylane_qattn import ScaledDotScore
-
-    monkeypatch.setattr(ScaledDotScore, "normalise", lambda self, scores, visible: scores.relu().tril())
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, *_, **__: None)  # each has weights of its own
     status, _, err = run(*GROVER)
-    assert status == 1 and err.startswith("benchmark.py: error: softmax, fused: ")
+    message = "softmax, fused: it is not the product that the others compute"
+    assert (status, err) == (1, f"benchmark.py: error: {message}\n")
+
+
+RIGHT = AmplificationScore.attend
+
+
+def _sees_all(self, q, k, v, is_causal, visible):
+    return RIGHT(self, q, k, v, False, visible)
+
+
+@pytest.mark.parametrize(
+    "attend, message",
+    [
+        (
+            lambda *inputs: 0 * RIGHT(*inputs),
+            " does not attend: the last token's outputs do not depend on those before",
+        ),
+        (_sees_all, " sees the future: outputs move by "),
+        (lambda *inputs: RIGHT(*inputs).detach(), ": the parameter query_map.linear.weight gets no gradient"),
+        (lambda *inputs: 1.01 * RIGHT(*inputs), " differs by .* from its weights and values written out"),
+    ],
+)
+def test_an_amplification_with_a_fault_ends_the_run(run, monkeypatch, attend, message):
+    monkeypatch.setattr(AmplificationScore, "attend", attend)
+    status, _, err = run(*GROVER)
+    assert status == 1 and re.match(f"benchmark.py: error: amplification, iterations per row{message}", err), err
 
 
 def test_the_largest_tensor_is_seen():

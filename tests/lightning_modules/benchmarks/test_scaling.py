@@ -8,6 +8,7 @@ from lightning_modules.benchmarks import scaling
 from lightning_modules.benchmarks.result import Result
 from lightning_modules.benchmarks.scaling import fit_exponent, upper_half
 from pennylane_qattn import Attention, build_attention
+from pennylane_qattn.published import PublishedAttention
 
 TINY = ("scaling", "--rounds", "2", "--width", "4", "--length", "5", "--batch", "2")
 SIZES = ("--widths", "8", "2", "4", "--lengths", "3", "6", "12", "--heads", "1", "2", "4", "--qubits", "1", "2", "3")
@@ -117,10 +118,50 @@ class Shorter(Attention):
         return super().forward(x, **context)[:, 1:]
 
 
+class Twice(Attention):
+    def forward(self, x, **context):
+        return 2 * x
+
+
+class Last(Attention):
+    """Every token has what the last one has."""
+
+    def forward(self, x, **context):
+        return super().forward(x, **context) + x[:, -1:]
+
+
+class Frozen(Attention):
+    def __init__(self, *maps, **options):
+        super().__init__(*maps, **options)
+        self.value_map.register_forward_hook(lambda module, inputs, output: output.detach())
+
+
+class Wrong(Attention):
+    def forward(self, x, **context):
+        return 1.05 * super().forward(x, **context)
+
+
 @pytest.mark.parametrize(
-    "planted, message", [(Detached, "there is no gradient"), (Shorter, "(2, 5, 2) became (2, 4, 2)")]
+    "planted, message",
+    [
+        (Detached, "the input gets no gradient"),
+        (Shorter, "(2, 5, 2) became (2, 4, 2)"),
+        (Twice, "does not attend: the last token's outputs do not depend on those before it"),
+        (Last, "sees the future: outputs move by "),
+        (Frozen, "the parameter value_map.linear.weight gets no gradient"),
+        (Wrong, "from softmax(ScaledDotScore) written out"),
+    ],
 )
 def test_a_layer_of_another_kind_ends_the_run(run, plant, planted, message):
     status, _, err = run(*TINY, *SIZES, "--sweeps", "d", "--mechanisms", plant(planted))
     assert status == 1
-    assert err.startswith("benchmark.py: error: planted: width d = 2: ") and message in err
+    assert err.startswith("benchmark.py: error: planted: width d = 2") and message in err
+
+
+def test_a_published_form_may_see_the_future_and_has_its_formula(run, monkeypatch):
+    sizes = (*TINY, *SIZES, "--sweeps", "d", "--mechanisms", "qisa-published")
+    assert run(*sizes)[0] == 0
+    right = PublishedAttention.applied
+    monkeypatch.setattr(PublishedAttention, "applied", lambda *inputs: right(*inputs).tril())
+    status, _, err = run(*sizes)
+    assert status == 1 and "from softmax(PublishedGaussianScore) written out" in err
