@@ -1,4 +1,4 @@
-"""Peak memory of a training step: what it takes beyond what was there before it.
+"""Peak memory of a training step: what it takes beyond what was there before it, and in all.
 
 On a GPU torch's allocator knows. On a CPU the system knows, of a whole process, so the step runs in a fresh one: this
 module, run as a program, reads what to run as JSON from stdin and writes the bytes to stdout. Before the step there are
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +30,20 @@ ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-def peak_bytes(setup: Setup) -> tuple[int | None, str]:
-    """The bytes of a training step; or `None`, and why they are not known."""
+class Peak(NamedTuple):
+    """The most memory that is taken at once, in bytes.
+
+    Attributes:
+        rise: beyond what was there before.
+        whole: with that: on a CPU of the whole process, on a GPU of all its tensors.
+    """
+
+    rise: int
+    whole: int
+
+
+def peak_bytes(setup: Setup) -> tuple[Peak | None, str]:
+    """The peak of a training step; or `None`, and why it is not known."""
     if setup.device == "cuda":
         return _peak_here(setup, _peak_on_gpu), ""
     if not CLEAR.exists():
@@ -48,10 +61,10 @@ def peak_bytes(setup: Setup) -> tuple[int | None, str]:
     if run.returncode:
         lines = run.stderr.strip().splitlines() or ["no word of why"]
         raise RuntimeError(f"the process that measures memory failed: {lines[-1]}")
-    return json.loads(run.stdout)["bytes"], ""
+    return Peak(**json.loads(run.stdout)), ""
 
 
-def _peak_here(setup: Setup, measure: Callable[[Callable[[], None]], int]) -> int:
+def _peak_here(setup: Setup, measure: Callable[[Callable[[], None]], Peak]) -> Peak:
     model, tokens = setup.model(), setup.tokens()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     with setup.precision():
@@ -60,24 +73,26 @@ def _peak_here(setup: Setup, measure: Callable[[Callable[[], None]], int]) -> in
         return measure(lambda: training_step(model, optimizer, tokens))
 
 
-def _peak_on_gpu(function: Callable[[], None]) -> int:
+def _peak_on_gpu(function: Callable[[], None]) -> Peak:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    most = torch.cuda.max_memory_allocated()
+    return Peak(most - before, most)
 
 
-def peak_of_process(function: Callable[[], None]) -> int:
-    """By how many bytes this process is larger, at the most, while the function runs. On Linux."""
+def peak_of_process(function: Callable[[], None]) -> Peak:
+    """How large this process is at the most while the function runs. On Linux."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc: what was freed goes back to the system
     if trim is not None:
         trim(0)
     CLEAR.write_text(FORGET_PEAK)
     before = _status("VmRSS")
     function()
-    return max(0, _status("VmHWM") - before)
+    most = _status("VmHWM")
+    return Peak(max(0, most - before), most)
 
 
 def _status(name: str) -> int:
@@ -89,7 +104,7 @@ def main() -> None:
     """Measures a training step of what stdin describes."""
     given = json.load(sys.stdin)
     torch.set_num_threads(given["threads"])
-    print(json.dumps({"bytes": _peak_here(Setup.from_plain(given["setup"]), peak_of_process)}))
+    print(json.dumps(_peak_here(Setup.from_plain(given["setup"]), peak_of_process)._asdict()))
 
 
 if __name__ == "__main__":

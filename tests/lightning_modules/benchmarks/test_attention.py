@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from lightning_modules.benchmarks import attention, memory
+from lightning_modules.benchmarks.memory import Peak
 from lightning_modules.benchmarks.models import Setup
+from lightning_modules.benchmarks.options import variant
 from lightning_modules.benchmarks.result import Result
-from lightning_modules.gpt import preset
+from lightning_modules.gpt import GPT, preset
 from lightning_modules.timing import activation_bytes
 from pennylane_qattn import ATTENTION, Attention
 
@@ -19,8 +21,8 @@ NAME = "attention-qisa-16-length-5-embed_dim-4-num_layers-1"
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch):
     """Peak memory by a table, as starting a process takes seconds."""
-    peaks = {"classical": (1000, ""), "gaussian": (1500, ""), "qisa": (None, "not here")}
-    monkeypatch.setattr(attention, "peak_bytes", lambda setup: peaks.get(setup.mechanism.name, (2000, "")))
+    peaks = {"classical": (Peak(1000, 7 * 2**20), ""), "gaussian": (Peak(1500, 9500), ""), "qisa": (None, "not here")}
+    monkeypatch.setattr(attention, "peak_bytes", lambda setup: peaks.get(setup.mechanism.name, (Peak(2000, 9000), "")))
 
 
 def test_ratios_of_every_round(run):
@@ -37,6 +39,8 @@ def test_ratios_of_every_round(run):
     assert classical["inference"] != [1.0, 1.0]  # a second model, not the first one by itself
     assert (classical["peak"], gaussian["peak"], qisa["peak"]) == (1.0, 1.5, None)
     assert gaussian["peak_bytes"] == 1500 and "not here" in result.notes
+    assert (gaussian["whole_bytes"], qisa["whole_bytes"]) == (9500, None)
+    assert any("7.0 MiB of memory in all" in note for note in result.notes)
     config = preset("qisa-16", num_layers=1, embed_dim=4, block_size=5)
     setup = Setup(config, ATTENTION.build("qisa"), 3)
     kept = activation_bytes(setup.model(), setup.tokens())
@@ -107,6 +111,102 @@ def test_a_baseline_that_is_not_fused_ends_the_run(run, monkeypatch):
     assert status == 1 and "torch's fused kernels" in err
 
 
+# --- compiled ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (lambda logits: 1.01 * logits, "the logits differ by "),
+        (
+            lambda logits: logits + 0.5 * (logits - logits.detach()),
+            "the gradient of token_embedding.weight differs by ",
+        ),
+    ],
+)
+def test_a_compiled_model_that_does_otherwise_ends_the_run(run, monkeypatch, fault, message):
+    def compile(self, mode):
+        if type(self.blocks[0].attention.score).__name__ == "GaussianScore":
+            self.register_forward_hook(lambda module, inputs, output: fault(output))
+
+    monkeypatch.setattr(GPT, "compile", compile)
+    status, _, err = run(*TINY, "--mechanisms", "classical", "gaussian", "--compile")
+    assert status == 1 and err.startswith(f"benchmark.py: error: gaussian, compiled: {message}")
+    assert "the model that is not compiled" in err and list(run.folder.iterdir()) == []
+
+
+def test_a_compiled_model_that_does_the_same(run, monkeypatch):
+    monkeypatch.setattr(GPT, "compile", lambda self, mode: None)
+    status, _, err = run(*TINY, "--mechanisms", "gaussian", "--compile")
+    assert (status, err) == (0, "")
+    (path,) = run.folder.glob("*.json")
+    assert path.stem == f"{NAME}-compiled-default"
+    assert Result.read(path).title.endswith("5 tokens, batch 3, compiled by torch.compile(mode='default')")
+
+
+# --- targets ----------------------------------------------------------------------------------------------------
+
+
+def targets_at(preset_name: str, *names: str, dtype: str = "float32", **changes) -> dict:
+    return attention.targets_of([variant(name) for name in names], preset(preset_name, **changes), dtype)
+
+
+def times(name: str, inference: float, training: float) -> dict:
+    return {(name, "peak"): 1.3, (name, "inference"): inference, (name, "training"): training}
+
+
+def test_targets_come_with_a_size():
+    for published in ("qisa-16", "qisa-128"):
+        found = targets_at(published, "qisa", "gaussian", "overlap")
+        assert found == times("qisa", 1.2, 1.5) | times("gaussian", 1.25, 1.25) | {("overlap", "peak"): 1.3}
+    found = targets_at("gpt1", "qisa:split=true", "gaussian:values=linear", block_size=128)
+    assert found == times("qisa:split=true", 1.0, 1.2) | times("gaussian:values=linear", 1.05, 1.05)
+    assert targets_at("qisa-16", "gaussian", block_size=127) == {("gaussian", "peak"): 1.3}
+    assert targets_at("qisa-16", "gaussian", block_size=128) == times("gaussian", 1.05, 1.05)
+
+
+def test_what_has_no_target_of_time():
+    others = ("qisa:ansatz=basic-entangler", "qisa:split=true", "gaussian:values=circuit", "classical")
+    assert targets_at("qisa-16", *others) == {(name, "peak"): 1.3 for name in others}
+    assert targets_at("qisa-16", "qisa", embed_dim=32) == {("qisa", "peak"): 1.3}
+    assert targets_at("qisa-16", "qisa", dtype="bfloat16") == {("qisa", "peak"): 1.3}
+
+
+@pytest.fixture
+def published_size(monkeypatch):
+    """The tiny size has the targets of a published one."""
+    monkeypatch.setattr(attention, "PUBLISHED_SIZES", ((4, 1, 5),))
+
+
+def bounds(result: Result, row: int) -> dict[str, str]:
+    label = result.label(result.rows[row])
+    return {column.key: column.target_text(result.rows[row], label) for column in result.columns if column.targets}
+
+
+def test_targets_are_shown_unless_they_are_left_out(run, published_size):
+    asked_for = ("--target", "gaussian", "peak", "2", "--target", "gaussian", "training", "1e6")
+    for options, expected in (
+        ([], {"inference": "at most 1.25", "training": "at most 1.25", "peak": "at most 1.3"}),
+        (asked_for, {"inference": "at most 1.25", "training": "at most 1e+06", "peak": "at most 2"}),
+        (["--no_targets", *asked_for], {"training": "at most 1e+06", "peak": "at most 2"}),
+        (["--no_targets"], {}),
+    ):
+        status, out, err = run(*TINY, "--rounds", "1", "--mechanisms", "gaussian", "scaled-dot", *options)
+        assert (status, err) == (0, "")
+        result = Result.read(run.folder / f"{NAME}.json")
+        assert {key: text.partition(":")[0] for key, text in bounds(result, 0).items()} == expected
+        if not options:
+            assert bounds(result, 0)["peak"] == "at most 1.3: not reached"  # 1500 over 1000
+            assert bounds(result, 1)["peak"] == "at most 1.3: not reached"  # 2000
+            assert bounds(result, 1)["inference"] == "–" and "target" in out
+
+
+def test_what_is_replaced_stands_in_the_title(run):
+    assert run(*TINY, "--rounds", "1", "--mechanisms", "gaussian")[0] == 0
+    title = "Time and memory over classical attention, qisa-16: 1 layer, width 4, 5 tokens, batch 3"
+    assert Result.read(run.folder / f"{NAME}.json").title == title
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 linux = pytest.mark.skipif(not memory.CLEAR.exists(), reason="peak memory is read from Linux")
@@ -121,9 +221,12 @@ def test_the_peak_is_what_was_there_at_once():
         del first, second
         torch.ones(40 * mib, dtype=torch.uint8)
 
-    assert memory.peak_of_process(two_at_once_and_one_later) / mib == pytest.approx(64, abs=4)
+    high = memory.peak_of_process(two_at_once_and_one_later)
+    assert high.rise / mib == pytest.approx(64, abs=4)
     # the peak of before is forgotten
-    assert memory.peak_of_process(lambda: torch.ones(10 * mib, dtype=torch.uint8)) / mib == pytest.approx(10, abs=4)
+    low = memory.peak_of_process(lambda: torch.ones(10 * mib, dtype=torch.uint8))
+    assert low.rise / mib == pytest.approx(10, abs=4)
+    assert (high.whole - low.whole) / mib == pytest.approx(54, abs=8)
 
 
 @linux
@@ -132,7 +235,8 @@ def test_a_training_step_in_a_process_of_its_own():
     small, large = (Setup(config, ATTENTION.build("gaussian"), batch) for batch in (64, 1024))
     found, why_not = memory.peak_bytes(large)
     kept = activation_bytes(large.model(), large.tokens())
-    assert why_not == "" and kept < found < 6 * kept
+    assert why_not == "" and kept < found.rise < 6 * kept
+    assert found.whole > found.rise + 50 * 2**20  # torch itself
     assert Setup.from_plain(json.loads(json.dumps(small.to_plain()))) == small
 
 
@@ -170,5 +274,5 @@ def test_on_a_gpu_its_allocator_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: seen.append("before") or 300)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: seen.append("after") or 1000)
     setup = Setup(preset("qisa-16", num_layers=1), ATTENTION.build("classical"), 2)
-    assert memory._peak_here(setup, memory._peak_on_gpu) == 700
+    assert memory._peak_here(setup, memory._peak_on_gpu) == Peak(700, 1000)
     assert seen == ["a step with 1", "reset", "before", "a step with 2", "after"]
