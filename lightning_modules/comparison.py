@@ -105,8 +105,16 @@ class Entry:
     @property
     def short_title(self) -> str:
         """Without the name of the mechanism under which it stands anyway."""
-        above = self.group.entries.get(self.mechanism)
+        return self.title_under(self.group.entries.get(self.mechanism))
+
+    def title_under(self, above: "Entry | None") -> str:
+        """Without the name of the variant above it."""
         return self.title if above is None else self.title.removeprefix(f"{above.title}, ")
+
+    @property
+    def ablations(self) -> list["Entry"]:
+        """Its ablations, which may be those of other mechanisms, too, or mechanisms themselves."""
+        return [other for other in self.group.entries.values() if other.role != "twin" and self.name in other.of]
 
     def values(self, key: str) -> list[Any]:
         """One number per run; `"generation.cer"` looks into `generation`."""
@@ -152,11 +160,17 @@ class Entry:
         return Ratio(statistics.median(found), min(found), max(found)) if found else None
 
     @property
-    def memory(self) -> float:
-        """Ratio of its activations to those of `classical`; NaN where that is not known."""
+    def memory(self) -> Spread:
+        """Ratio of its activations to those of `classical` with the same seed."""
         baseline = self.group.entries.get(CLASSICAL)
-        own, other = (Spread.of(e.values("activation_bytes")).mean if e else math.nan for e in (self, baseline))
-        return own / other if other else math.nan
+        pairs = [(row, baseline.runs.get(seed, {})) for seed, row in self.runs.items()] if baseline else []
+        bytes_of = [tuple(as_number(run.get("activation_bytes")) for run in pair) for pair in pairs]
+        return Spread.of([own / other if other else math.nan for own, other in bytes_of])
+
+    def parameters_over(self, other: "Entry") -> float:
+        """By which part of another variant's parameters it has more; NaN where that is not known."""
+        own, others = self.spread("parameters").mean, other.spread("parameters").mean
+        return own / others - 1 if others else math.nan
 
 
 @dataclass(eq=False)
@@ -319,20 +333,34 @@ def flat_entry(entry: Entry) -> dict[str, Any]:
     for key in METRICS:
         spread, name = entry.spread(key), key.replace(".", "_")
         flat |= {f"{name}_mean": spread.mean, f"{name}_sd": spread.deviation, f"{name}_n": spread.count}
-    references = {
-        "twin": entry.twin,
-        CLASSICAL: CLASSICAL,
-        "mechanism": entry.of[0] if entry.role == "ablation" else "",
-    }
-    for what, reference in references.items():
-        gain = entry.gain(reference)
-        for unit, one in (("nats", gain), ("percent", gain and gain.percent)):
-            ends = (None, None, None) if one is None else (one.mean, one.low, one.high)
-            flat |= dict(zip((f"gain_over_{what}_{unit}{end}" for end in ("", "_low", "_high")), ends, strict=True))
-        flat[f"gain_over_{what}_n"] = 0 if gain is None else gain.count
+    flat |= _flat_gain("twin", entry.gain(entry.twin)) | _flat_gain(CLASSICAL, entry.gain(CLASSICAL))
     for kind in ("inference", "training"):
         ratio = entry.time(kind)
         ends = (None, None, None) if ratio is None else (ratio.median, ratio.low, ratio.high)
         flat |= dict(zip((f"{kind}_time_ratio{end}" for end in ("", "_low", "_high")), ends, strict=True))
-    flat["activation_bytes_ratio"] = entry.memory
+    flat["activation_bytes_ratio"] = entry.memory.mean
+    return _without_nan(flat)
+
+
+def flat_ablation(mechanism: Entry, ablation: Entry) -> dict[str, Any]:
+    """A mechanism and one of its ablations as a line of a table; `None` for what is not known."""
+    flat: dict[str, Any] = {"corpus": mechanism.group.corpus, "size": mechanism.group.size}
+    for what, entry in (("mechanism", mechanism), ("ablation", ablation)):
+        spread, parameters = entry.spread("cross_entropy"), entry.spread("parameters")
+        flat |= {what: entry.name, f"{what}_causality": entry.verdict, f"{what}_parameters": parameters.mean}
+        flat |= {f"{what}_cross_entropy_mean": spread.mean, f"{what}_cross_entropy_sd": spread.deviation}
+        flat[f"{what}_cross_entropy_n"] = spread.count
+    flat["parameters_over_mechanism"] = ablation.parameters_over(mechanism)
+    return _without_nan(flat | _flat_gain("mechanism", ablation.gain(mechanism.name)))
+
+
+def _flat_gain(what: str, gain: Difference | None) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for unit, one in (("nats", gain), ("percent", gain and gain.percent)):
+        ends = (None, None, None) if one is None else (one.mean, one.low, one.high)
+        flat |= dict(zip((f"gain_over_{what}_{unit}{end}" for end in ("", "_low", "_high")), ends, strict=True))
+    return {**flat, f"gain_over_{what}_n": 0 if gain is None else gain.count}
+
+
+def _without_nan(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in flat.items()}

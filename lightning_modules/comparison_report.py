@@ -25,6 +25,7 @@ from lightning_modules.comparison import (
     Row,
     Spread,
     Timings,
+    flat_ablation,
     flat_entry,
     flat_row,
     groups_of,
@@ -38,7 +39,8 @@ from lightning_modules.report import _InlineFigures, _png, render_page
 from lightning_modules.statistics import FEWEST_PAIRS, Difference
 from pennylane_qattn.certificate import Leak
 
-ROWS, TABLE, MARKDOWN, PAGE = "rows.csv", "table.csv", "table.md", "comparison.html"
+ROWS, TABLE, ABLATIONS = "rows.csv", "table.csv", "ablations.csv"
+MARKDOWN, PAGE = "table.md", "comparison.html"
 PICTURES = {"differences.png": gain_figure, "positions.png": position_figure, "cost.png": cost_figure}
 NOTHING = "–"
 
@@ -56,34 +58,62 @@ class Cell(NamedTuple):
         return f"{self.text} {self.more}".strip()
 
 
+NONE = Cell(NOTHING)
+
+
+class Line(NamedTuple):
+    """A line of a table: a variant, and the mechanism under which it stands; `None` for one that stands by itself."""
+
+    entry: Entry
+    above: Entry | None = None
+
+    @property
+    def is_head(self) -> bool:
+        """It begins a mechanism's lines."""
+        return self.above is None and self.entry.name == self.entry.mechanism
+
+    @property
+    def title(self) -> str:
+        return self.entry.title if self.is_head else self.entry.title_under(self.above)
+
+
 class Column(NamedTuple):
     """A column of a table of variants: heading, unit, heading in the terminal (empty: left out there), and cells."""
 
     heading: str
     unit: str
     narrow: str
-    cell: Callable[[Entry], Cell]
+    cell: Callable[[Line], Cell]
 
 
-def _spread(key: str, digits: int) -> Callable[[Entry], Cell]:
-    return lambda entry: _spread_cell(entry.spread(key), digits)
+def _seeds(count: int, runs: int) -> str:
+    """How many seeds a cell has."""
+    return f"({count})" if count == runs else f"({count} of {runs})"
+
+
+def _seeds_with(entry: Entry, key: str) -> str:
+    """Those whose row has something there."""
+    return _seeds(sum(value is not None for value in entry.values(key)), len(entry.runs))
+
+
+def _spread(key: str, digits: int) -> Callable[[Line], Cell]:
+    return lambda line: _spread_cell(line.entry.spread(key), digits)
 
 
 def _spread_cell(spread: Spread, digits: int) -> Cell:
     if not spread.count:
         return Cell(NOTHING, f"(0 of {spread.runs})" if spread.runs else "")
     deviation = f"± {spread.deviation:.{digits}f} " if spread.count > 1 else ""
-    of = "" if spread.count == spread.runs else f" of {spread.runs}"
-    return Cell(_minus(f"{spread.mean:.{digits}f}"), f"{deviation}({spread.count}{of})")
+    return Cell(_minus(f"{spread.mean:.{digits}f}"), f"{deviation}{_seeds(spread.count, spread.runs)}")
 
 
-def _gain(reference: Callable[[Entry], str]) -> Callable[[Entry], Cell]:
-    return lambda entry: _gain_cell(entry.gain(reference(entry)), entry.leaks)
+def _gain(reference: Callable[[Line], str]) -> Callable[[Line], Cell]:
+    return lambda line: _gain_cell(line.entry.gain(reference(line)), line.entry.leaks)
 
 
 def _gain_cell(gain: Difference | None, leaks: bool) -> Cell:
     if gain is None or not math.isfinite(gain.percent.mean):
-        return Cell(NOTHING)
+        return NONE
     percent, ends = gain.percent, NOTHING
     if percent.has_interval:
         ends = f"{signed(percent.low)}, {signed(percent.high)}"
@@ -95,55 +125,76 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def _own_mechanism(entry: Entry) -> str:
-    return entry.of[0] if entry.role == "ablation" and entry.of else ""
+def _above(line: Line) -> str:
+    return line.above.name if line.above else ""
 
 
-def _parameters(entry: Entry) -> Cell:
-    return Cell(", ".join(f"{number:,}" for number in entry.distinct("parameters")) or NOTHING)
+def _distinct(key: str, form: str) -> Callable[[Line], Cell]:
+    """What the runs have, which should be the same."""
+
+    def cell(line: Line) -> Cell:
+        values = line.entry.distinct(key)
+        return Cell(", ".join(f"{value:{form}}" for value in values), _seeds_with(line.entry, key)) if values else NONE
+
+    return cell
 
 
-def _twin(entry: Entry) -> Cell:
-    mismatches = entry.distinct("twin_mismatch")
+def _parameters_over(line: Line) -> Cell:
+    more = math.nan if line.above is None else 100 * line.entry.parameters_over(line.above)
+    return Cell(signed(more), _seeds_with(line.entry, "parameters")) if math.isfinite(more) else NONE
+
+
+def _twin(line: Line) -> Cell:
+    entry = line.entry
     other = entry.group.entries.get(entry.twin)
     if not entry.twin:
-        return Cell(NOTHING)
-    mismatch = ", ".join(f"{signed(100 * mismatch)} %" for mismatch in mismatches)
-    return Cell(other.title if other else entry.twin, f"({mismatch})" if mismatch else "")
+        return NONE
+    mismatch = _mismatch(line)
+    seeds = mismatch.more or _seeds(len(entry.runs), len(entry.runs))
+    return Cell(other.title if other else entry.twin, f"({mismatch.text}) {seeds}" if mismatch.more else seeds)
 
 
-def _mismatch(entry: Entry) -> Cell:
-    return Cell(_twin(entry).more.strip("()") or NOTHING)
+def _mismatch(line: Line) -> Cell:
+    mismatches = line.entry.distinct("twin_mismatch") if line.entry.twin else []
+    text = ", ".join(f"{signed(100 * mismatch)} %" for mismatch in mismatches)
+    return Cell(text, _seeds_with(line.entry, "twin_mismatch")) if text else NONE
 
 
-def _rate(entry: Entry) -> Cell:
-    return Cell(", ".join(f"{rate:g}" for rate in entry.distinct("learning_rate")) or NOTHING)
-
-
-def _time(kind: str) -> Callable[[Entry], Cell]:
-    return lambda entry: _time_cell(entry.time(kind))
+def _time(kind: str) -> Callable[[Line], Cell]:
+    return lambda line: _time_cell(line.entry.time(kind))
 
 
 def _time_cell(ratio: Ratio | None) -> Cell:
     if ratio is None:
-        return Cell(NOTHING)
-    return Cell(f"{ratio.median:.2f}", "" if ratio.low == ratio.high else f"({ratio.low:.2f}–{ratio.high:.2f})")
+        return NONE
+    ends = "" if ratio.low == ratio.high else f"({ratio.low:.2f}–{ratio.high:.2f}) "
+    return Cell(f"{ratio.median:.2f}", f"{ends}(1)")  # the models of one seed are timed
 
 
-def _memory(entry: Entry) -> Cell:
-    return Cell(f"{entry.memory:.2f}" if math.isfinite(entry.memory) else NOTHING)
+def _memory(line: Line) -> Cell:
+    memory = line.entry.memory
+    return Cell(f"{memory.mean:.2f}", _seeds(memory.count, memory.runs)) if memory.count else NONE
 
 
-def _verdict(entry: Entry) -> Cell:
+def _verdict(line: Line) -> Cell:
+    entry = line.entry
+    verdicts = entry.values("causality")
+    count = sum((value if value in (LEAKS, "causal") else "undecided") == entry.verdict for value in verdicts)
     in_part = entry.verdict == "causal" and any(map(is_partial, entry.values("certificate")))
-    return Cell(f"{entry.verdict} in part" if in_part else entry.verdict, tone="leaks" if entry.leaks else "")
+    text = f"{entry.verdict} in part" if in_part else entry.verdict
+    return Cell(text, _seeds(count, len(verdicts)), "leaks" if entry.leaks else "")
 
 
 QUALITY = (
     Column("cross-entropy", "nats per token", "cross-entropy\nnats per token", _spread("cross_entropy", 4)),
-    Column("gain over twin", "%", "gain over twin\n%", _gain(lambda entry: entry.twin)),
-    Column("gain over classical", "%", "gain over classical\n%", _gain(lambda entry: CLASSICAL)),
-    Column("gain over its mechanism", "%", "", _gain(_own_mechanism)),
+    Column("gain over twin", "%", "gain over twin\n%", _gain(lambda line: line.entry.twin)),
+    Column("gain over classical", "%", "gain over classical\n%", _gain(lambda line: CLASSICAL)),
+)
+ABLATED = (
+    Column("gain over its mechanism", "%", "gain over its\nmechanism, %", _gain(_above)),
+    Column("cross-entropy", "nats per token", "cross-entropy\nnats per token", _spread("cross_entropy", 4)),
+    Column("parameters", "trainable", "parameters", _distinct("parameters", ",")),
+    Column("parameters over its mechanism's", "%", "over its\nmechanism's, %", _parameters_over),
 )
 TEXT = (
     Column("bits", "per character", "bits per\ncharacter", _spread("bits_per_character", 4)),
@@ -160,29 +211,67 @@ BEYOND = (
     Column("certificate", "", "certificate", _verdict),
 )
 COST = (
-    Column("parameters", "trainable", "parameters", _parameters),
+    Column("parameters", "trainable", "parameters", _distinct("parameters", ",")),
     Column("twin", "and its mismatch", "", _twin),
     Column("", "", "twin\noff by", _mismatch),
-    Column("learning rate", "chosen", "learning\nrate", _rate),
+    Column("learning rate", "chosen", "learning\nrate", _distinct("learning_rate", "g")),
     Column("inference", "time", "inference\ntime", _time("inference")),
     Column("training step", "time", "training step\ntime", _time("training")),
     Column("activations", "memory", "activ-\nations", _memory),
 )
-TABLES = {"Cross-entropy": QUALITY, "Text": TEXT, "Without the future": BEYOND, "Cost": COST}
 
 
-def _columns(columns: Sequence[Column], entries: Sequence[Entry], in_terminal: bool = False) -> list[Column]:
-    """Those that are for the terminal, or for a page, and say something about any of the variants."""
-    wanted = [column for column in columns if (column.narrow if in_terminal else column.heading)]
-    return [column for column in wanted if any(column.cell(entry).text != NOTHING for entry in entries)]
+class Shown(NamedTuple):
+    """A table that says something: its heading, columns and lines."""
+
+    heading: str
+    columns: list[Column]
+    lines: list[Line]
+
+
+def _all(group: Group) -> list[Line]:
+    """Every variant once, under its mechanism."""
+    entries = group.entries
+    return [Line(e, None if e.name == e.mechanism else entries.get(e.mechanism)) for e in entries.values()]
+
+
+def _ablated(group: Group) -> list[Line]:
+    """The mechanisms that have ablations, each with all of these; one of several stands under each."""
+    return [
+        line
+        for entry in group.entries.values()
+        if entry.ablations
+        for line in (Line(entry), *(Line(ablation, entry) for ablation in entry.ablations))
+    ]
+
+
+TABLES: dict[str, tuple[Sequence[Column], Callable[[Group], list[Line]]]] = {
+    "Cross-entropy": (QUALITY, _all),
+    "Ablations": (ABLATED, _ablated),
+    "Text": (TEXT, _all),
+    "Without the future": (BEYOND, _all),
+    "Cost": (COST, _all),
+}
+
+
+def _tables(group: Group, in_terminal: bool = False) -> list[Shown]:
+    """Those that say something, with the columns that are for the terminal, or for a page, and do so, too."""
+    found = []
+    for heading, (columns, lines_of) in TABLES.items():
+        lines = lines_of(group)
+        wanted = [column for column in columns if (column.narrow if in_terminal else column.heading)]
+        chosen = [column for column in wanted if any(column.cell(line).text != NOTHING for line in lines)]
+        if chosen:
+            found.append(Shown(heading, chosen, lines))
+    return found
 
 
 def explanations(groups: Sequence[Group]) -> list[str]:
     """What the tables need to be understood, one paragraph for each matter."""
     entries = [entry for group in groups for entry in group.entries.values()]
     texts = [
-        "±: standard deviation over seeds. In parentheses: how many seeds a cell has (and of how many, where some "
-        "gave no number).",
+        "±: standard deviation over seeds. In the last parentheses: how many seeds a cell has (and of how many, where "
+        "some gave no number or another verdict).",
         "Gain: by how much less cross-entropy than another variant, in percent of the other's mean, so above zero is "
         "better. Runs are paired by seed, which gives them the same batches. In brackets: 95 % interval of the mean "
         f"over pairs, by the studentised bootstrap; [{NOTHING}]: {FEWEST_PAIRS} seeds needed. Intervals are not "
@@ -191,6 +280,11 @@ def explanations(groups: Sequence[Group]) -> list[str]:
     if any(entry.twin for entry in entries):
         texts.append(
             "Twin: classical attention in a model of about as many parameters, which differ by the percentage."
+        )
+    if any(entry.ablations for entry in entries):
+        texts.append(
+            "Ablations stand under the mechanism that they leave something out of. One that equals a variant with "
+            "another name is that variant, trained once; its parameters may be more or fewer than the mechanism's."
         )
     if any(entry.leaks for entry in entries):
         texts.append(
@@ -208,8 +302,8 @@ def explanations(groups: Sequence[Group]) -> list[str]:
     if any(entry.spread("excess").count for entry in entries):
         texts.append("Excess: cross-entropy minus the least there can be on the same windows, as the source is known.")
     if timed := dict.fromkeys(group.baseline for group in groups if group.timing):
-        texts.append(f"Time: ratio to {' and '.join(timed)}, measured by turns.")
-    if any(math.isfinite(entry.memory) for entry in entries):
+        texts.append(f"Time: ratio to {' and '.join(timed)}, measured by turns on the models of one seed.")
+    if any(entry.memory.count for entry in entries):
         texts.append(f"Activations: bytes that a training step keeps for its backward pass, over those of {CLASSICAL}.")
     return texts
 
@@ -232,28 +326,26 @@ def print_summary(rows: Sequence[Row], timings: Timings | None = None, console: 
     for group in groups:
         heading = f"[bold]{escape(group.title)}[/]: " if group.title else ""
         console.print(f"{heading}{escape(group.settings())}", highlight=False)
-        entries = list(group.entries.values())
-        for columns in TABLES.values():
-            if chosen := _columns(columns, entries, in_terminal=True):
-                console.print(_rich_table(entries, chosen))
-                console.print()
+        for table in _tables(group, in_terminal=True):
+            console.print(_rich_table(table.lines, table.columns))
+            console.print()
         if group.timed():
             console.print(f"Time: {escape(group.timed())}.\n", highlight=False)
     for text in explanations(groups):
         console.print(escape(text), highlight=False)
 
 
-def _rich_table(entries: Sequence[Entry], columns: Sequence[Column]) -> Table:
+def _rich_table(lines: Sequence[Line], columns: Sequence[Column]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("variant", overflow="fold")
     for column in columns:
         table.add_column(column.narrow, justify="right", no_wrap=True)
     tones = {"better": "bold", "worse": "", "leaks": "bold red", "": ""}
-    for entry in entries:
-        title = Text("  " * (entry.name != entry.mechanism) + entry.short_title)
-        if entry.leaks:
+    for line in lines:
+        title = Text("  " * (not line.is_head) + line.title)
+        if line.entry.leaks:
             title.append(f" {LEAKS}", "bold red")
-        cells = (column.cell(entry) for column in columns)
+        cells = (column.cell(line) for column in columns)
         table.add_row(title, *(Text(str(cell), tones[cell.tone]) for cell in cells))
     return table
 
@@ -272,16 +364,18 @@ def write_comparison(
 
     - `rows.csv`: one line per run, without samples and certificates;
     - `table.csv`: one line per variant, corpus and size: means, standard deviations, gains with their intervals;
+    - `ablations.csv`, where there are any: one line per ablation and mechanism that it is the ablation of;
     - `table.md`: the tables to read, in Markdown;
-    - `differences.png`, `positions.png`, `cost.png`: each if there is something to draw; one that there is nothing
-      for any more is removed;
+    - `differences.png`, `positions.png`, `cost.png`: each if there is something to draw;
     - `comparison.html`: everything on one page that needs no other file.
+
+    One that there is nothing for any more is removed.
 
     Args:
         folder: made if missing.
         rows: of all runs that are done, in the order wanted.
         timings: as in `timing.json`, by corpus and size.
-        title: heading of the page.
+        title: heading of the page and of `table.md`.
         notes: a paragraph, or some, below the heading.
 
     Returns:
@@ -297,12 +391,14 @@ def write_comparison(
     entries = [entry for group in groups for entry in group.entries.values()]
     files[ROWS] = _csv([flat_row(row) for row in rows])
     files[TABLE] = _csv([flat_entry(entry) for entry in entries])
-    files[MARKDOWN] = _markdown(groups).encode()
+    if ablations := [flat_ablation(entry, ablation) for entry in entries for ablation in entry.ablations]:
+        files[ABLATIONS] = _csv(ablations)
+    files[MARKDOWN] = _markdown(groups, title, notes).encode()
     files[PAGE] = _page(groups, title, notes).encode()
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(content)
-    for name in set(PICTURES) - set(files):
+    for name in {*PICTURES, ABLATIONS} - set(files):
         (folder / name).unlink(missing_ok=True)
     return folder / PAGE
 
@@ -336,25 +432,22 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return file.getvalue().encode()
 
 
-def _markdown(groups: Sequence[Group]) -> str:
-    lines = []
+def _markdown(groups: Sequence[Group], title: str, notes: Sequence[str]) -> str:
+    lines = [f"# {_inert(title)}", ""]
+    for note in notes:
+        lines += [_inert(note), ""]
     for group in groups:
-        entries = list(group.entries.values())
         if group.title:
             lines += [f"## {_inert(group.title)}", ""]
         lines += [f"{_inert(group.settings())}.", ""]
-        for heading, columns in TABLES.items():
-            chosen = _columns(columns, entries)
-            if not chosen:
-                continue
-            names = [f"{column.heading}{f', {column.unit}' * bool(column.unit)}" for column in chosen]
-            lines += [f"### {heading}", "", f"| variant | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-            for entry in entries:
-                title = _inert(entry.short_title) if entry.name != entry.mechanism else f"**{_inert(entry.title)}**"
-                title = f"{title} **{LEAKS}**" if entry.leaks else title
-                above = "" if entry.name == entry.mechanism else "↳ "
-                cells = (_inert(str(column.cell(entry))) for column in chosen)
-                lines.append(f"| {above}{title} | {' | '.join(cells)} |")
+        for table in _tables(group):
+            names = [f"{column.heading}{f', {column.unit}' * bool(column.unit)}" for column in table.columns]
+            lines += [f"### {table.heading}", "", f"| variant | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+            for line in table.lines:
+                name = f"**{_inert(line.title)}**" if line.is_head else f"↳ {_inert(line.title)}"
+                name = f"{name} **{LEAKS}**" if line.entry.leaks else name
+                cells = (_inert(str(column.cell(line))) for column in table.columns)
+                lines.append(f"| {name} | {' | '.join(cells)} |")
             lines.append("")
         if group.timed():
             lines += [f"Time: {_inert(group.timed())}.", ""]
@@ -383,7 +476,6 @@ def _page(groups: Sequence[Group], title: str, notes: Sequence[str]) -> str:
     sections = []
     for group in groups:
         entries = list(group.entries.values())
-        tables = [(heading, _columns(columns, entries)) for heading, columns in TABLES.items()]
         positions = "solid: with the window before the model; dashed: from the past alone, where that differs"
         plots = [
             drawn("Where in the window", positions, position_figure([group]), group.title),
@@ -395,8 +487,7 @@ def _page(groups: Sequence[Group], title: str, notes: Sequence[str]) -> str:
         sections.append(
             {
                 "group": group,
-                "entries": entries,
-                "tables": [(heading, chosen) for heading, chosen in tables if chosen],
+                "tables": _tables(group),
                 "plots": [plot for plot in plots if plot],
                 "samples": [(entry, text) for entry, text in samples if text],
                 "leaks": [(entry, _leak(entry)) for entry in entries if entry.leaks],

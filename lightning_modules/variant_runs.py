@@ -53,10 +53,15 @@ class Budget:
 
 
 class VariantRuns:
-    """A variant in its cell, with the runs of all seeds."""
+    """A variant in its cell, with the runs of all seeds.
+
+    Attributes:
+        label: `"LEAKS"`, or `""`; known once it has been checked.
+    """
 
     def __init__(self, cell: "Cell", variant: Variant):
         self.cell, self.variant, self.options = cell, variant, cell.study.options
+        self.label = ""
 
     def name(self, seed: int) -> str:
         """What a run and its folder are called."""
@@ -85,8 +90,11 @@ class VariantRuns:
         """Refuses what could not be trained or evaluated."""
         self._left = [seed for seed in self.options.seeds if self.options.overwrite or self.row(seed) is None]
         if not self._left:
+            found = {row["causality"] for seed in self.options.seeds if (row := self.row(seed)) is not None}
+            self.label = LEAKS if LEAKS in found else ""
             return
         training = self.look()
+        self.label = training.guard.label
         trainer, data, model = training.trainer, training.datamodule, training.model
         if trainer.fast_dev_run:
             raise ValueError("fast_dev_run leaves no checkpoint to compare; leave it out")
@@ -205,8 +213,14 @@ class VariantRuns:
             )
 
     def run(self, seed: int) -> None:
-        """Trains and evaluates the model of one seed, and writes its row, unless that was done."""
-        if rows.read_json(self.folder(seed) / rows.ROW) is not None:
+        """Trains and evaluates the model of one seed, and writes its row, unless that was done.
+
+        What a row says of the other variants follows the plan, which may have more of them than when it was written.
+        """
+        done = rows.read_json(self.folder(seed) / rows.ROW)
+        if done is not None:
+            if (now := done | self._relations()) != done:
+                rows.write_json(self.folder(seed) / rows.ROW, now)
             return
         tried = self.tune()
         rate = min(tried, key=lambda pair: pair[1])[0] if tried else None
@@ -221,6 +235,12 @@ class VariantRuns:
             row |= self._measured(training, seed)
         rows.write_json(self.folder(seed) / rows.ROW, finite(row))
 
+    def _relations(self) -> dict[str, Any]:
+        """What the variant is among the others."""
+        variant = self.variant
+        names = {"title": variant.title, "role": variant.role, "of": ",".join(variant.of)}
+        return {**names, "twin": variant.twin, "twin_mismatch": variant.twin_mismatch}
+
     def _description(self, training: TrainingCLI, seed: int, tried: list[tuple[float, float]]) -> dict[str, Any]:
         """What is known of a run before it is trained."""
         data, variant = training.datamodule, self.variant
@@ -230,11 +250,7 @@ class VariantRuns:
             "corpus": self.cell.corpus or data.corpus.name,
             "size": self.cell.size,
             "variant": variant.name,
-            "title": variant.title,
-            "role": variant.role,
-            "of": ",".join(variant.of),
-            "twin": variant.twin,
-            "twin_mismatch": variant.twin_mismatch,
+            **self._relations(),
             "seed": seed,
             "parameters": variant.parameters,
             "learning_rate": training.model.optimisation.learning_rate,
@@ -317,7 +333,7 @@ class VariantRuns:
             per_position=row["per_position"],
             train_characters_per_second=_number(row["train_characters_per_second"]),
             generation_characters_per_second=_number(row["generation_characters_per_second"]),
-            causal={"causal": True, "LEAKS": False}.get(row["causality"]),
+            causal={"causal": True, LEAKS: False}.get(row["causality"]),
             sample=row["sample"],
             history=rows.read_history(self.folder(seed)),
             attention_maps=maps,

@@ -41,7 +41,7 @@ class Variant:
         name: unique within corpus and size, and part of file names.
         mechanism: its attention.
         role: one of `ROLES`.
-        of: the variants that it is the twin or the ablation of.
+        of: the variants that it is the twin or the ablation of; of a mechanism, those whose ablation it equals.
         title: what it is called in tables and plots.
         model: options of `LanguageModel` in which it differs from the others of its size.
         own_seed: the mechanism's random draws were asked for, and do not follow the seed of the run.
@@ -177,15 +177,22 @@ def ablations_of(variant: Variant, config: GPTConfig, names: list[str]) -> list[
 
 
 def without_equals(variants: list[Variant], config: GPTConfig) -> list[Variant]:
-    """The variants without the ablations that are, under another name, a variant that is there already."""
-    seen = {_fingerprint(variant.mechanism, config) for variant in variants if variant.role == "mechanism"}
-    kept = []
-    for variant in variants:
-        fingerprint = _fingerprint(variant.mechanism, config)
-        if variant.role == "mechanism" or fingerprint not in seen:
-            kept.append(variant)
-        seen.add(fingerprint)
-    return kept
+    """The variants, with one for all ablations that are equal.
+
+    An ablation that is, under another name, a variant that is there already is trained once: that variant is `of` its
+    mechanism, too.
+    """
+    fingerprints = [_fingerprint(variant.mechanism, config) for variant in variants]
+    first: dict[str, int] = {}
+    for index in sorted(range(len(variants)), key=lambda i: variants[i].role != "mechanism"):
+        first.setdefault(fingerprints[index], index)
+    kept = {i: v for i, v in enumerate(variants) if v.role == "mechanism" or first[fingerprints[i]] == i}
+    for index, variant in enumerate(variants):
+        if index not in kept:
+            other = kept[first[fingerprints[index]]]
+            more = [name for name in variant.of if name not in (*other.of, other.name)]
+            kept[first[fingerprints[index]]] = dataclasses.replace(other, of=(*other.of, *more))
+    return list(kept.values())
 
 
 def _fingerprint(mechanism: Mechanism, config: GPTConfig) -> str:
@@ -261,7 +268,7 @@ def twins_of(variants: list[Variant], config: GPTConfig, by: str | Mapping[str, 
     """The variants, and the classical twins of the mechanisms that are not among them.
 
     They are matched by one of `MATCHING`, or each as `by` has it under the mechanism's name, the rest by the first.
-    An ablation shares the twin of its mechanism where that has as many parameters as it has, too.
+    An ablation shares the twin of its mechanism, of several the first, that has as many parameters as it has, too.
     """
     result = {variant.name: variant for variant in variants}
     for variant in (v for v in variants if v.role == "mechanism"):
@@ -292,9 +299,9 @@ def twins_of(variants: list[Variant], config: GPTConfig, by: str | Mapping[str, 
             twin = dataclasses.replace(twin, of=(*twin.of, variant.name))
         result[twin.name] = twin
         result[variant.name] = dataclasses.replace(variant, twin=twin.name, twin_mismatch=mismatch)
-        for ablation in (v for v in variants if v.of == (variant.name,)):
+        for ablation in (v for v in variants if v.role == "ablation" and variant.name in v.of):
             mismatch = twin.parameters / ablation.parameters - 1
-            if abs(mismatch) <= TOLERANCE:
+            if abs(mismatch) <= TOLERANCE and not result[ablation.name].twin:
                 result[ablation.name] = dataclasses.replace(ablation, twin=twin.name, twin_mismatch=mismatch)
     return list(result.values())
 

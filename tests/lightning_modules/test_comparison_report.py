@@ -75,8 +75,9 @@ def made_up_row(corpus, size, seed, plan, name, of, role, level, parameters, _):
         curve = np.where(position < LENGTH - 1, 0.004, prefix[-1])
     value = float(curve.mean())
     twin = next((n for n, served, r, *_ in plan if r == "twin" and name in served.split(",")), "")
-    kind = name.removeprefix(f"{of}-")
-    titles = {"ablation": f"{of}, {TITLES.get(kind)}", "twin": f"classical, head size {name[11:]}"}
+    of_first = of.split(",")[0]
+    kind = name.removeprefix(f"{of_first}-")
+    titles = {"ablation": f"{of_first}, {TITLES.get(kind)}", "twin": f"classical, head size {name[11:]}"}
     row = {
         "corpus": corpus,
         "size": size,
@@ -271,9 +272,12 @@ def test_times_and_memory():
     assert entries["qisa"].time("inference") is None and entries["overlap"].time("training") is None
     assert group_of(rows).entries["qisa"].time("training") is None
     sizes = {row["variant"]: row["activation_bytes"] for row in rows}
-    assert entries["qisa"].memory == pytest.approx(sizes["qisa"] / sizes["classical"])
+    assert entries["qisa"].memory.mean == pytest.approx(sizes["qisa"] / sizes["classical"])
+    assert (entries["qisa"].memory.count, entries["qisa"].memory.runs) == (2, 2)
     alone = group_of([row for row in rows if row["variant"] != "classical"])
-    assert math.isnan(alone.entries["qisa"].memory)
+    assert math.isnan(alone.entries["qisa"].memory.mean)
+    apart = group_of([row for row in rows if row["variant"] != "classical" or row["seed"] == 1])
+    assert (apart.entries["qisa"].memory.count, apart.entries["qisa"].memory.runs) == (1, 2)
 
 
 def test_the_baseline_of_times():
@@ -335,7 +339,10 @@ def test_bad_rows(change, message, tmp_path):
 
 # --- files --------------------------------------------------------------------------------------------------------
 
-FILES = {"rows.csv", "table.csv", "table.md", "comparison.html", "differences.png", "positions.png", "cost.png"}
+FILES = {
+    *("rows.csv", "table.csv", "ablations.csv", "table.md", "comparison.html"),
+    *("differences.png", "positions.png", "cost.png"),
+}
 EVIL = '<b>|&"$\\frac{$ [x](y) `*_#\n'
 
 
@@ -372,14 +379,16 @@ def test_the_same_rows_give_the_same_files(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_pictures_that_there_are_no_longer_are_removed(tmp_path):
+def test_files_that_there_is_nothing_for_any_more_are_removed(tmp_path):
     rows = one_corpus(seeds=(0,))
     write_all(tmp_path, rows)
     (tmp_path / "other.png").touch()
     for row in rows:
         row["per_position"] = None
     write_comparison(tmp_path, [row for row in rows if row["variant"] == "qisa"])
-    assert {path.name for path in tmp_path.iterdir()} == (FILES | {"other.png"}) - {p for p in FILES if ".png" in p}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("rows.csv", "table.csv", "table.md", "comparison.html", "other.png"),
+    }
 
 
 def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
@@ -418,7 +427,7 @@ def test_one_line_per_variant(tmp_path, no_pictures):
     lines = {(line["corpus"], line["variant"]): line for line in read_csv(tmp_path / "table.csv")}
     assert len(lines) == 2 * len(PLAN)
     line, entry = lines["markov", "qisa-frozen"], groups_of(rows, made_up_timings(rows))[1].entries["qisa-frozen"]
-    for what, reference in (("twin", "classical-h11"), ("classical", "classical"), ("mechanism", "qisa")):
+    for what, reference in (("twin", "classical-h11"), ("classical", "classical")):
         gain = entry.gain(reference)
         for unit, one in (("nats", gain), ("percent", gain.percent)):
             found = [float(line[f"gain_over_{what}_{unit}{end}"]) for end in ("", "_low", "_high")]
@@ -431,9 +440,65 @@ def test_one_line_per_variant(tmp_path, no_pictures):
     )
     ratio = entry.time("training")
     assert float(line["training_time_ratio"]) == ratio.median and float(line["training_time_ratio_high"]) == ratio.high
-    assert float(line["activation_bytes_ratio"]) == pytest.approx(entry.memory)
-    assert lines["shakespeare", "qisa"]["excess_mean"] == lines["shakespeare", "qisa"]["gain_over_mechanism_nats"] == ""
+    assert float(line["activation_bytes_ratio"]) == pytest.approx(entry.memory.mean)
+    assert lines["shakespeare", "qisa"]["excess_mean"] == lines["shakespeare", "classical"]["gain_over_twin_nats"] == ""
     assert lines["shakespeare", "qisa-published"]["causality"] == "LEAKS"
+
+
+#: `qisa-linear` and the mechanism `gaussian` are ablations of two mechanisms each.
+SHARED = [
+    *(PLAN[0], PLAN[1], PLAN[2], ("qisa-linear", "qisa,qsann-multi", "ablation", -0.03, 24641, 1.2), PLAN[7]),
+    ("gaussian", "qsann-multi,overlap", "mechanism", 0.01, 21831, 1.1),
+    *(PLAN[8], PLAN[11]),
+]
+PAIRS = [
+    *(("qisa", "qisa-frozen"), ("qisa", "qisa-linear"), ("qsann-multi", "qisa-linear")),
+    *(("qsann-multi", "gaussian"), ("overlap", "gaussian")),
+]
+
+
+def test_one_line_per_ablation_and_mechanism(tmp_path, no_pictures):
+    rows = one_corpus(plan=SHARED)
+    write_all(tmp_path, rows)
+    lines = read_csv(tmp_path / "ablations.csv")
+    assert [(line["mechanism"], line["ablation"]) for line in lines] == PAIRS
+    for line in lines:
+        mechanism, ablation = line["mechanism"], line["ablation"]
+        theirs, own = ([value(rows, name, seed) for seed in range(5)] for name in (mechanism, ablation))
+        gain = paired_difference(own, theirs)
+        found = [float(line[f"gain_over_mechanism_nats{end}"]) for end in ("", "_low", "_high")]
+        assert found == pytest.approx([gain.mean, gain.low, gain.high])
+        percent = [float(line[f"gain_over_mechanism_percent{end}"]) for end in ("", "_low", "_high")]
+        assert percent == pytest.approx([100 * number / np.mean(theirs) for number in found])
+        assert line["gain_over_mechanism_n"] == line["ablation_cross_entropy_n"] == "5"
+        parameters = value(rows, mechanism, 0, "parameters"), value(rows, ablation, 0, "parameters")
+        assert (float(line["mechanism_parameters"]), float(line["ablation_parameters"])) == parameters
+        assert float(line["parameters_over_mechanism"]) == pytest.approx(parameters[1] / parameters[0] - 1)
+
+
+def test_ablations_in_markdown(tmp_path, no_pictures):
+    rows = one_corpus(plan=SHARED)
+    write_all(tmp_path, rows)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    part = text[text.index("### Ablations\n") :].split("\n\n")[1].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part]
+    assert [line[0] for line in cells] == [
+        *("**qisa**", "↳ circuit frozen", "↳ linear values", "**qsann-multi**", "↳ qisa, linear values", "↳ gaussian"),
+        *("**overlap**", "↳ gaussian"),
+    ]
+    for line, (mechanism, ablation) in zip([c for c in cells if "↳" in c[0]], PAIRS, strict=True):
+        percent = group_of(rows).entries[ablation].gain(mechanism).percent
+        assert line[1] == f"{signed(percent.mean)} [{signed(percent.low)}, {signed(percent.high)}] (5)"
+        more = value(rows, ablation, 0, "parameters") / value(rows, mechanism, 0, "parameters") - 1
+        assert line[3:] == [f"{value(rows, ablation, 0, 'parameters'):,} (5)", f"{signed(100 * more)} (5)"]
+    assert cells[0][1] == cells[0][4] == "–" and cells[0][3] == "20,585 (5)"
+    assert [line for line in text.splitlines() if line.startswith("| **gaussian**")]  # in the other tables, by itself
+
+
+def test_a_table_has_its_title_and_notes(tmp_path, no_pictures):
+    write_all(tmp_path)
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[:6] == ["# Title", "", "First.", "", "Second.", ""] and lines[6].startswith("## ")
 
 
 def markdown_rows(text, heading):
@@ -446,7 +511,8 @@ def markdown_rows(text, heading):
 
 def test_every_cell_says_how_many_seeds_it_has(tmp_path, no_pictures):
     rows = [row for row in one_corpus() if row["variant"] != "qisa" or row["seed"] < 3]
-    rows[0]["cer"] = None
+    rows[0]["cer"] = rows[0]["parameters"] = rows[0]["activation_bytes"] = None
+    rows[1]["causality"] = "undecided"
     write_all(tmp_path, rows)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     table = markdown_rows(text, "Cross-entropy")
@@ -456,11 +522,17 @@ def test_every_cell_says_how_many_seeds_it_has(tmp_path, no_pictures):
     assert qisa["gain over twin, %"].endswith(" [–] (3)")
     full = table["**gaussian-quadratic**"]["gain over twin, %"]
     assert re.fullmatch(r"\+0\.\d\d \[\+0\.\d\d, \+\d\.\d\d\] \(5\)", full)
-    assert table["↳ circuit frozen"]["gain over its mechanism, %"].endswith("(3)")
-    assert table["**qisa**"]["gain over its mechanism, %"] == "–"
+    part = text[text.index("### Ablations\n") :].split("\n\n")[1]
+    assert len(re.findall(r"\| ↳ circuit frozen \| \S+ \[–\] \(3\) \| .* \(5\) \|", part)) == 1
     texts = markdown_rows(text, "Text")
     assert texts["**classical**"]["CER"].endswith("(4 of 5)") and texts["**qisa**"]["CER"].endswith("(3)")
-    for cells in (*table.values(), *texts.values()):
+    beyond, cost = markdown_rows(text, "Without the future"), markdown_rows(text, "Cost")
+    assert beyond["**classical**"]["certificate"] == "undecided (1 of 5)"
+    assert beyond["**qisa-published** **LEAKS**"]["certificate"] == "LEAKS (5)"
+    assert cost["**classical**"]["parameters, trainable"] == "23,393 (4 of 5)"
+    assert cost["**overlap**"]["activations, memory"].endswith("(4 of 5)")
+    assert cost["**qisa**"]["parameters, trainable"].endswith("(3)")
+    for cells in (*table.values(), *texts.values(), *beyond.values(), *cost.values()):
         assert all(cell == "–" or re.search(r"\(\d( of \d)?\)$", cell) for cell in list(cells.values())[1:])
     assert "4 seeds needed" in text and "3 to 5 seeds" in text
 
@@ -472,14 +544,14 @@ def test_costs_in_markdown(tmp_path, no_pictures):
     ratio = group_of(rows, made_up_timings(rows)).entries["qisa"].time("training")
     assert cost["**qisa**"] == {
         "variant": "**qisa**",
-        "parameters, trainable": "20,585",
-        "twin, and its mismatch": "classical, head size 11 (−0.35 %)",
-        "learning rate, chosen": "0.003",
+        "parameters, trainable": "20,585 (5)",
+        "twin, and its mismatch": "classical, head size 11 (−0.35 %) (5)",
+        "learning rate, chosen": "0.003 (5)",
         "inference, time": cost["**qisa**"]["inference, time"],
-        "training step, time": f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})",
-        "activations, memory": "0.98",
+        "training step, time": f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f}) (1)",
+        "activations, memory": "0.98 (5)",
     }
-    assert cost["**classical**"]["training step, time"] == "1.00"
+    assert cost["**classical**"]["training step, time"] == "1.00 (1)"
 
 
 def test_what_is_known_of_nobody_has_no_column(tmp_path, no_pictures):
@@ -622,12 +694,12 @@ def test_the_summary_fits_100_columns(seeds):
     assert "\x1b" not in text and 80 < max(map(len, text.splitlines())) <= 100 and "…" not in text
     entry = groups_of(rows)[0].entries["qisa"]
     lines = [line for line in text.splitlines() if line.startswith("qisa  ")]
-    assert len(lines) == 8  # four tables of two corpora
+    assert len(lines) == 10  # five tables of two corpora
     assert f"{entry.spread('cross_entropy').mean:.4f}" in lines[0] and f"({len(seeds)})" in lines[0]
     assert signed(entry.gain("classical-h11").percent.mean) in lines[0]
     assert ("[–]" in lines[0]) == (len(seeds) < 4)
-    assert f"{entry.spread('cer').mean:.3f}" in lines[1] and "causal" in lines[2]
-    assert "20,585" in lines[3] and "−0.35 %" in lines[3]
+    assert "20,585" in lines[1] and f"{entry.spread('cer').mean:.3f}" in lines[2] and "causal" in lines[3]
+    assert "20,585" in lines[4] and "−0.35 %" in lines[4]
     for words in ("1,500 steps", "markov, d16", "4 seeds needed", "7 rounds", "LEAKS", "Time: ratio to classical"):
         assert words in text
     assert "Time" not in printed(rows)

@@ -190,9 +190,27 @@ def test_ablations_share_the_twin_of_their_mechanism():
     assert found["near"].twin_mismatch == pytest.approx(expected)
 
 
-def test_an_ablation_that_is_there_already_is_left_out():
+def test_an_ablation_that_is_there_already_is_that_variant():
     found = variants(g=Gaussian(), c=Gaussian(values="circuit"), q=QISA(), a=QISAAbsorbed(), again=QISA())
     everything = [v for variant in found for v in (variant, *ablations_of(variant, CONFIG, ["frozen", "linear"]))]
     # Gaussian scores with linear values are `g`, and the published score with linear values stands under `q`
     expected = ["g", "c", "c-frozen", "q", "q-frozen", "q-linear", "a", "again"]
-    assert [v.name for v in without_equals(everything, CONFIG)] == expected
+    kept = {v.name: v for v in without_equals(everything, CONFIG)}
+    assert list(kept) == expected
+    of = {name: variant.of for name, variant in kept.items() if variant.of}
+    # `again` equals `q`, so that its ablations are those of `q`
+    assert of == {"g": ("c",), "c-frozen": ("c",), "q-frozen": ("q", "again"), "q-linear": ("q", "a", "again")}
+    assert kept["g"].role == "mechanism" and kept["q-linear"].role == "ablation"
+
+
+def test_an_ablation_of_several_takes_the_twin_that_fits():
+    found = variants(q=QISA(), a=QISAAbsorbed())
+    everything = [v for variant in found for v in (variant, *ablations_of(variant, CONFIG, ["linear"]))]
+    kept = [
+        dataclasses.replace(v, parameters=parameters(CONFIG, v.mechanism)) for v in without_equals(everything, CONFIG)
+    ]
+    result = {v.name: v for v in twins_of(kept, CONFIG)}
+    assert result["q"].twin == "classical-h13" and result["a"].twin == "classical"
+    linear = result["q-linear"]  # more than 2 % from the twin of `q`
+    assert abs(result["classical-h13"].parameters / linear.parameters - 1) > TOLERANCE
+    assert linear.twin == "classical" and abs(linear.twin_mismatch) < TOLERANCE and linear.of == ("q", "a")
