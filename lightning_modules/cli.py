@@ -139,8 +139,13 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `qattn` with these arguments, by default those of the process, and returns its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    return reported(lambda: _run(argv))
+
+
+def reported(work: Callable[[], int | None]) -> int:
+    """Does the work of a command and returns its exit status; an error is told in one line on stderr."""
     try:
-        status = _run(argv)
+        status = work()
         sys.stdout.flush()
         return status or 0
     except BaseException as error:

@@ -36,14 +36,20 @@ def compare(argv: list[str]) -> None:
 
     A comparison that was stopped goes on where it was; with `overwrite` it begins anew.
     """
+    options = read_options(argv)
+    with contextlib.nullcontext() if options.dry_run else locked(options.output):
+        _compare(options)
+
+
+def read_options(argv: list[str]) -> Namespace:
+    """The options of `qattn compare`; `ValueError` where they make no comparison."""
     parser = _parser()
     options = Namespace(**parse(parser, argv).as_dict())
     for name, default in parser.get_defaults().items():
         if default is not None and getattr(options, name) is None:
             raise ValueError(f"{name} is null; give a value, or leave it out for {default!r}")
     _check(options)
-    with contextlib.nullcontext() if options.dry_run else locked(options.output):
-        _compare(options)
+    return options
 
 
 def _compare(options: Namespace) -> None:
@@ -55,6 +61,11 @@ def _compare(options: Namespace) -> None:
     study.train()
     if options.shard is not None:
         say(f"shard {options.shard} is done; join the parts: qattn merge PART... --output FOLDER")
+        if options.timing_rounds:
+            say(
+                "a part measures no times, since all variants take turns; once the parts are joined, qattn compare "
+                "with these options, --output FOLDER and no --shard does, and trains nothing"
+            )
         return
     study.measure_times()
     rows = study.rows()
@@ -120,7 +131,14 @@ def _parser() -> Parser:
         default=None,
         help="the text to evaluate on; by default test, where there is one",
     )
-    add("--allow_noncausal", type=bool, default=False, help="train what sees the future too; it is labelled LEAKS")
+    add(
+        "--allow_noncausal",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="train what sees the future too; it is labelled LEAKS",
+    )
     add("--timing_rounds", type=int, default=0, help="at the end, time all variants by turns, so many rounds")
     add("--shard", type=str | None, default=None, help="i/n: do part i of n only, to use several machines or cores")
     add("--dry_run", type=bool, default=False, help="print what would be done and what it would take, and stop")

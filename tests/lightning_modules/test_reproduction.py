@@ -1,3 +1,4 @@
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_modules import experiment
+from lightning_modules.cli import reported
 from lightning_modules.comparison_rows import read_rows, read_timings
-from lightning_modules.reproduction import write_page
+from lightning_modules.metrics import describe_bleu
+from lightning_modules.reproduction import reproduce, write_page
 from pennylane_qattn import ATTENTION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +45,7 @@ def row(variant, leaks, cross_entropy, **others):
         "sample": "ROMEO: what\n",
         "causality": "LEAKS" if leaks else "causal",
         "certificate": {"leak": None},
+        "failure": "",
         **others,
     }
 
@@ -73,15 +78,90 @@ def test_the_page_says_what_the_rows_say(tmp_path):
     assert "| `qisa-absorbed-published` LEAKS | 1.40 (1.30 to 1.50) | 1.60 (1.50 to 1.70) |" in text
     assert (tmp_path / "reproduction-positions.png").read_bytes().startswith(b"\x89PNG")
     assert "consistent with* a leak" in text
+    assert line(text, "| inference, times slower |") == (
+        "| inference, times slower | 2.6 | qisa-absorbed 1.4 | qisa-absorbed 1.2 |"
+    )
+    assert "2.1 (v3, precomputed), 8.9 (v3), 46.7 (v2). Ours" in text
+    assert describe_bleu() in " ".join(text.split())
 
 
 def test_without_times(tmp_path):
-    assert "Times were not measured" in write_page(tmp_path, ROWS, None).read_text()
+    text = write_page(tmp_path, ROWS, None).read_text()
+    assert "Times were not measured" in text
+    assert "| inference, times slower | 2.6 | qisa-absorbed – | qisa-absorbed – |" in text
 
 
 def test_seeds_are_averaged(tmp_path):
     text = write_page(tmp_path, [*ROWS, row("qisa-absorbed", False, 2.1, seed=1)], None).read_text()
     assert "| `qisa-absorbed` | QISA | causal | 21,825 | 2.300 | 0.87 |" in text and "Seeds: 0, 1;" in text
+
+
+NUMBERS = ("cross_entropy", "cer", "wer", "bleu", "per_position", "prefix_cross_entropy", "generation", "sample")
+
+
+def diverged(variant, leaks, **others):
+    """As `VariantRuns.run` writes it."""
+    return row(variant, leaks, 2.0) | dict.fromkeys(NUMBERS) | {"failure": "the loss is nan", "steps": 7, **others}
+
+
+def test_a_run_that_diverged_has_no_numbers_and_says_so(tmp_path):
+    rows = [diverged("classical", False, seed=1), *ROWS[:2], diverged("qisa-absorbed", False)]
+    text = write_page(tmp_path, rows, TIMING).read_text()
+    assert "| `classical` DIVERGED (1 of 2 runs) |  | causal | 21,825 | 2.000 | 1.00 |" in text
+    lost = "| `qisa-absorbed` DIVERGED (1 of 1 runs) | QISA | causal | 21,825 | – | – | – | – | – | – | – |"
+    assert lost in text and "| `qisa-absorbed` DIVERGED (1 of 1 runs) | – | – | – | – | – | – |" in text
+    assert "qisa-absorbed 12.5 | qisa-absorbed – |" in text and "nan" not in text and "None" not in text
+    assert "1500 steps of batch 1024" in text  # not those after which it diverged
+    assert "`qisa-absorbed` DIVERGED (1 of 1 runs):" not in text  # it has written nothing
+
+
+def test_a_text_too_short_to_be_continued(tmp_path):
+    text = write_page(tmp_path, [r | {"generation": None} for r in ROWS], None).read_text()
+    assert "| `qisa-absorbed` | 3.000 | 3.000 | 2.500 | 2.700 | – | – |" in text
+
+
+def test_the_committed_rows():
+    with open(ROOT / "docs" / "reproduction-rows.csv", encoding="utf-8", newline="") as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    published = {name for name, mechanism in ATTENTION.items() if mechanism.is_published}
+    assert set(rows) == {"classical", *published, *(name.removesuffix("-published") for name in published)}
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    for name, row in rows.items():
+        gains = [float(rows["classical"][key]) / float(row[key]) for key in ("cross_entropy", "cer")]
+        if name in published:
+            assert row["causality"] == "LEAKS" and min(gains) >= 10
+        else:
+            assert row["causality"] == "causal" and max(gains) <= 1
+        cells = f" | {float(row['cross_entropy']):.3f} | {gains[0]:.2f} | {float(row['cer']):.3f} | {gains[1]:.2f} | "
+        label = f"| `{name}`{' LEAKS' * (name in published)} | "
+        assert any(line.startswith(label) and cells in line for line in page.splitlines()), name
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--dry_run", "true"], "no page: a dry run has no rows"),
+        (["--shard", "1/2"], "no page: shard 1/2 has a part of the rows only"),
+    ],
+)
+def test_no_page_of_a_part(option, said, tmp_path, capsys, monkeypatch):
+    compared = []
+    monkeypatch.setattr(experiment, "compare", compared.append)
+    config = ROOT / "configs" / "reproduce_qisa.yaml"
+    assert reported(lambda: reproduce([*option, "--output", str(tmp_path / "out")], config)) == 0
+    assert capsys.readouterr().out.strip() == said and not (tmp_path / "out").exists()
+    assert compared == [["--config", str(config), "--output", str(tmp_path / "out"), *option]]
+
+
+def test_mistakes_are_told_in_a_line(tmp_path, capsys):
+    config = ROOT / "configs" / "reproduce_qisa.yaml"
+    for options, message in (
+        (["--timing_rounds", "-1"], "timing_rounds must be at least 0; got -1"),
+        (["--shart", "1/2"], "unknown option 'shart'; did you mean 'shard'?"),
+    ):
+        assert reported(lambda options=options: reproduce([*options, "--output", str(tmp_path / "out")], config)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("qattn: error: ") and message in err and err.count("\n") == 1
 
 
 def test_rows_that_make_no_page(tmp_path):
@@ -113,6 +193,8 @@ def test_the_script_in_little(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "reproduction.md").read_text()
     assert "`qisa-published` LEAKS" in text and "| `qisa` |" in text
+    done = subprocess.run([*script, "--timing_rounds", "x"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("qattn: error: ") and done.stderr.count("\n") == 1
 
 
 def test_the_config_is_the_published_setting():
