@@ -48,6 +48,7 @@ def parse(parser: LightningArgumentParser, args: Iterable[str], **options: Any) 
     What is not trusted is not imported, from now on; `--trust` among the arguments says what is.
     """
     args, trusted = trust.split(args)
+    args = [re.sub("^--allow-noncausal(?==|$)", "--allow_noncausal", argument) for argument in args]
     trust.only(trusted)
     try:
         config = parser.parse_args(args, **options)

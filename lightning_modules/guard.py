@@ -79,19 +79,20 @@ class CausalityGuard(Callback):
         """`"LEAKS"`, or `""`."""
         return LEAKS if leaks(self._plain) else ""
 
-    def check(self, model: nn.Module, batch_size: int | None = None) -> causality.Certificate:
+    def check(self, model: nn.Module, batch_size: int | None = None, show: bool = True) -> causality.Certificate:
         """Certifies a model, as before training.
 
         Args:
             model: it.
             batch_size: rows of a batch of the run.
+            show: whether what is found is said on stderr, where it is no pass.
 
         Raises:
             NonCausalError: if it leaks, or comes from a checkpoint that does, and that is not allowed.
         """
         self._plain = None
         certificate = self._certify(model, batch_size)
-        self._take(model, certificate)
+        self._take(model, certificate, is_told=not show)
         self._stop_if_leaking("--allow-noncausal trains it all the same, under that label")
         return certificate
 

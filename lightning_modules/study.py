@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_modules import comparison_rows as rows
 from lightning_modules import timing
@@ -78,7 +79,10 @@ class Study:
             variant, budget = unit.variant, unit.budget()
             twin = "" if variant.twin_mismatch is None else f"{variant.twin} {variant.twin_mismatch:+.1%}"
             numbers = (str(budget.runs), f"{budget.steps:,}", f"{budget.tokens:,}", _duration(budget.seconds))
-            table.add_row(variant.title, f"{variant.parameters:,}", twin, *numbers)
+            title = Text(variant.title)
+            if unit.label:
+                title.append(f" {unit.label}", "bold red")
+            table.add_row(title, f"{variant.parameters:,}", twin, *numbers)
             seconds, runs, steps = seconds + budget.seconds, runs + budget.runs, steps + budget.steps
         console.print(table)
         shard = "" if self.options.shard is None else f" in shard {self.options.shard}"
@@ -203,7 +207,7 @@ class Cell:
             arguments += ["--overwrite"]
         elif (self.folder / run / CHECKPOINTS / LAST).is_file():
             arguments += ["--ckpt_path", "last"]
-        return TrainingCLI("fit", arguments)
+        return TrainingCLI("fit", arguments, only_to_look)
 
     def times(self, units: list[VariantRuns]) -> dict[str, Any]:
         """Inference and training step of all variants as ratios to the first classical one, measured by turns."""

@@ -139,11 +139,12 @@ class TrainingCLI(LightningCLI):
     Args:
         command: fit, validate, test or predict.
         argv: the arguments behind it.
+        only_to_look: nothing will be trained, so a leak that is allowed is not reported.
     """
 
-    def __init__(self, command: str, argv: list[str]):
+    def __init__(self, command: str, argv: list[str], only_to_look: bool = False):
         quiet()
-        self.command = command
+        self.command, self.only_to_look = command, only_to_look
         self.saved: dict[str, Any] | None = None  # the checkpoint, weights apart where they are not needed yet
         description = f"{cli.COMMANDS[command].help.capitalize()}."
         if command == "fit":
@@ -211,7 +212,6 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        args = [re.sub("^--allow-noncausal(?==|$)", "--allow_noncausal", argument) for argument in args]
         args = list(_with_class_paths(args))
         if self.command == "fit":  # what `--model.attention.split true` without a mechanism means
             args = ["--model.attention", "pennylane_qattn.QISA", *args]
@@ -374,7 +374,8 @@ class TrainingCLI(LightningCLI):
         self.guard = next((c for c in callbacks if isinstance(c, CausalityGuard)), None) or CausalityGuard()
         self.guard.allow_noncausal |= self.config.allow_noncausal
         if rank_zero_only.rank == 0:  # it tells the others when training starts
-            self.guard.check(self.model, self.datamodule.batch_size)
+            show = not (self.only_to_look and self.guard.allow_noncausal)
+            self.guard.check(self.model, self.datamodule.batch_size, show)
         callbacks += [c for c in (self.guard, *self._callbacks_of_a_run()) if c not in callbacks]
         plugins = [*_listed(options.plugins), _RunIO(self)]
         logger = self._loggers() if options.logger in (None, True) else options.logger

@@ -1,5 +1,6 @@
 """Comparisons as a whole: twins, ablations, tuning, corpora and sizes; killed and resumed, in shards and merged."""
 
+import csv
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from lightning_modules.cli import main
+from lightning_modules.experiment import read_options
 from lightning_modules.study import Study
 
 FIT = {
@@ -208,6 +210,29 @@ def test_rows_of_other_settings_are_not_taken(write, capsys):
     assert main(["compare", "--config", str(write(**options, fit=other)), "--overwrite", "true"]) == 0
 
 
+def test_rows_learn_of_variants_that_join_later(write, tmp_path):
+    """The values of `qisa` made linear are those of `qisa-absorbed` made linear, trained once."""
+    own = {"ablations": ["linear"], "seeds": [3]}
+    assert main(["compare", "--config", str(write(mechanisms={"qisa": "qisa"}, **own))]) == 0
+    before = rows_of(tmp_path / "study")
+    both = write(mechanisms={"qisa": "qisa", "qisa-absorbed": "qisa-absorbed"}, **own)
+    assert main(["compare", "--config", str(both)]) == 0
+    found = rows_of(tmp_path / "study")
+    assert set(found) == {"qisa", "qisa-linear", "qisa-absorbed"}
+    assert (before["qisa-linear"]["of"], found["qisa-linear"]["of"]) == ("qisa", "qisa,qisa-absorbed")
+    assert found["qisa"] == before["qisa"] and found["qisa-linear"] == before["qisa-linear"] | {
+        "of": "qisa,qisa-absorbed"
+    }
+    with open(tmp_path / "study" / "ablations.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["mechanism"], line["ablation"]) for line in lines] == [
+        *(("qisa", "qisa-linear"), ("qisa-absorbed", "qisa-linear")),
+    ]
+    for line in lines:
+        gain = found[line["mechanism"]]["cross_entropy"] - found["qisa-linear"]["cross_entropy"]
+        assert float(line["gain_over_mechanism_nats"]) == pytest.approx(gain)
+
+
 def test_a_dry_run_trains_nothing(write, tmp_path, capsys):
     assert main(["compare", "--config", str(write(twins=True)), "--dry_run", "true"]) == 0
     out = capsys.readouterr().out
@@ -242,12 +267,28 @@ def test_a_seed_that_diverges_stops_no_sweep(write, tmp_path, capsys):
     assert (tmp_path / "study" / "rows.csv").read_text().count("the loss is nan at step") == 2
 
 
+@pytest.mark.parametrize("option", ["--allow-noncausal", "--allow_noncausal", "--allow-noncausal=true"])
+def test_a_leak_is_allowed_as_in_fit(write, option):
+    assert read_options(["--config", str(write())]).allow_noncausal is False
+    assert read_options(["--config", str(write()), option, "--dry_run", "true"]).allow_noncausal is True
+
+
 def test_leaks_are_refused_or_labelled(write, tmp_path, capsys):
+    def reports(err):
+        return err.splitlines().count("qisa-published GPT LEAKS")
+
     options = {"mechanisms": {"classical": "classical", "copying": "qisa-published"}, "seeds": [3]}
-    assert main(["compare", "--config", str(write(**options))]) == 1
-    assert "LEAKS" in capsys.readouterr().err and not list((tmp_path / "study").rglob("*.ckpt"))
-    assert main(["compare", "--config", str(write(**options, allow_noncausal=True))]) == 0
-    out = capsys.readouterr().out
+    command = ["compare", "--config", str(write(**options))]
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert "--allow-noncausal trains it all the same" in err and reports(err) == 1
+    assert not list((tmp_path / "study").rglob("*.ckpt"))
+    assert main([*command, "--allow-noncausal"]) == 0  # the remedy of that error
+    out, err = capsys.readouterr()
+    assert reports(err) == 1
+    budget = [" ".join(line.split()) for line in out.splitlines()]
+    assert any(line.startswith("copying LEAKS 2,616 1 4 ") for line in budget)
+    assert any(line.startswith("classical 2,655 1 4 ") for line in budget)
     rows = rows_of(tmp_path / "study")
     assert rows["copying"]["causality"] == "LEAKS" and rows["classical"]["causality"] == "causal"
     assert "LEAKS" in out
