@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,16 @@ def merge(argv: list[str]) -> None:
         print_summary(found, timings, Console(width=None if sys.stdout.isatty() else 100))
         path = write_comparison(output, found, timings, title, notes)
     print(f"{len(found)} of {len(runs)} runs: {path}")
+    if _are_missing(timings, found):
+        print(
+            "times: not measured of all variants, as they take turns; qattn compare with the config of the parts, its "
+            f"timing_rounds and --output {output} does, and trains nothing that is there"
+        )
+
+
+def _are_missing(timings: Mapping[tuple[str, str], Mapping[str, Any]], rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a variant has not been timed."""
+    return any(row["variant"] not in timings.get((row["corpus"], row["size"]), {}).get("training", {}) for row in rows)
 
 
 def _merge_parser() -> Parser:

@@ -49,6 +49,15 @@ def rows_of(folder):
     return {run: {k: v for k, v in row.items() if k not in MEASURED} for run, row in sorted(found.items())}
 
 
+def table_of(folder):
+    """The lines of `table.csv` without what is measured anew each time, and which of these columns say something."""
+    with open(folder / "table.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    measured = [name for name in lines[0] if "time_ratio" in name or "_seconds" in name or "_per_second" in name]
+    said = {name for name in measured if all(line[name] for line in lines)}
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines], said
+
+
 EVERYTHING = {
     "corpora": {"pydoc": {"corpus": "pydoc"}, "markov": {"corpus": "markov:length=3000,symbols=3,order=1"}},
     "sizes": {"d8": {}, "d16": {"embed_dim": 16}},
@@ -117,21 +126,33 @@ def test_all_variants_are_trained_on_the_same_batches(write, tmp_path, monkeypat
 
 
 def test_two_shards_merged_are_one_run(write, tmp_path, capsys):
-    options = {**EVERYTHING, "sizes": {}, "ablations": [], "learning_rates": [0.01]}
+    options = {**EVERYTHING, "sizes": {}, "ablations": [], "learning_rates": [0.01], "timing_rounds": 1}
     whole = write("whole", **options)
     assert main(["compare", "--config", str(whole)]) == 0
+    assert "times: not" not in capsys.readouterr().out
     for i in (1, 2):
         part = write(f"part{i}", **options)
         assert main(["compare", "--config", str(part), "--shard", f"{i}/2"]) == 0
+        assert "a part measures no times" in capsys.readouterr().err
     parts = [str(tmp_path / f"part{i}") for i in (1, 2)]
     alone = [rows_of(tmp_path / f"part{i}") for i in (1, 2)]
     assert alone[0] and alone[1] and not set(alone[0]) & set(alone[1])
     capsys.readouterr()
     assert main(["merge", *parts, "--output", str(tmp_path / "merged")]) == 0
     expected = rows_of(tmp_path / "whole")
-    assert f"{len(expected)} of {len(expected)} runs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{len(expected)} of {len(expected)} runs" in out and "times: not measured of all variants" in out
     assert rows_of(tmp_path / "merged") == expected
     assert (tmp_path / "merged" / "comparison.html").is_file()
+    lines, said = table_of(tmp_path / "whole")
+    times = {f"{kind}_time_ratio{end}" for kind in ("inference", "training") for end in ("", "_low", "_high")}
+    assert times < said
+    assert table_of(tmp_path / "merged") == (lines, said - times)
+    assert main(["compare", "--config", str(whole), "--output", str(tmp_path / "merged")]) == 0  # what merge says
+    assert "0 runs of training to do" in capsys.readouterr().out
+    assert table_of(tmp_path / "merged") == (lines, said)
+    assert main(["merge", str(tmp_path / "merged"), "--output", str(tmp_path / "again")]) == 0
+    assert "times: not" not in capsys.readouterr().out
 
 
 def test_one_comparison_at_a_time_in_a_folder(write, tmp_path, capsys, monkeypatch):
