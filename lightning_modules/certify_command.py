@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 from lightning_modules.checkpoints import resolve
-from lightning_modules.cli import COMMANDS, FAILURE, Parser
+from lightning_modules.cli import COMMANDS, FAILURE, Parser, add_trust
 from lightning_modules.files import atomic_write
 from lightning_modules.guard import say_if_leaking
 from lightning_modules.language_model import LanguageModel
@@ -71,6 +71,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         epilog=f"example: {COMMANDS['certify'].example}",
         allow_abbrev=False,
     )
+    add_trust(parser)
     add = parser.add_argument
     add("target", metavar="TARGET", help=f"what to certify; attentions: {', '.join(ATTENTION)}")
     group = parser.add_argument_group("an attention by its name").add_argument

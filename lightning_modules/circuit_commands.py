@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_modules.checkpoints import resolve
-from lightning_modules.cli import COMMANDS, Parser
+from lightning_modules.cli import COMMANDS, Parser, add_trust
 from lightning_modules.files import atomic_write
 from lightning_modules.gpt import PRESETS, GPTConfig, preset
 from lightning_modules.guard import say_if_leaking
@@ -353,9 +353,11 @@ class CircuitSource:
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser that shows the command's example."""
+    """A parser that shows the command's example, with `--trust`."""
     example = COMMANDS[command].example
-    return Parser(prog=f"qattn {command}", description=description, epilog=f"example: {example}", allow_abbrev=False)
+    parser = Parser(prog=f"qattn {command}", description=description, epilog=f"example: {example}", allow_abbrev=False)
+    add_trust(parser)
+    return parser
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -253,7 +253,12 @@ def _report(error: BaseException) -> int:
         print("qattn: error: stopped by Ctrl-C", file=sys.stderr)
         return 130
     label = getattr(error, "label", "")  # of the run that it ended
-    print(f"qattn: error: {speaker}{with_label(one_line(error), label)}", file=sys.stderr)
+    line = one_line(error)
+    if "pennylane_qattn.registry" in sys.modules:  # else no name was looked up
+        from lightning_modules.trust import name_remedy
+
+        line = name_remedy(line)
+    print(f"qattn: error: {speaker}{with_label(line, label)}", file=sys.stderr)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILURE
     return BAD_INPUT if _is_bad_input(error) else FAILURE
@@ -321,6 +326,29 @@ class Parser(HandsOver, argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
+class _Import(argparse.Action):
+    """Imports at once what `--trust` names, so that its names are known to whatever is read then."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from lightning_modules import trust
+
+        _, prefixes = trust.split([f"{trust.OPTION}={values}"])
+        for prefix in prefixes:
+            trust.import_trusted(prefix)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Gives a command that reads a checkpoint, or takes the name of a mechanism, the option `--trust`."""
+    parser.add_argument(
+        "--trust",
+        action=_Import,
+        default=argparse.SUPPRESS,
+        metavar="MODULE",
+        help="import this module of yours, which runs it, for the names that it registers, as of an attention; may be "
+        "given several times",
+    )
+
+
 def _generate_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qattn generate",
@@ -339,6 +367,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the random draws (default: %(default)s)")
     add("--num_samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
+    add_trust(parser)
     add_execution_options(parser)
     stream_help = "print each token as it comes (default: for a single text on a terminal)"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream_help)

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 from lightning_modules.checkpoints import resolve
-from lightning_modules.cli import COMMANDS, FAILURE, Parser
+from lightning_modules.cli import COMMANDS, FAILURE, Parser, add_trust
 from lightning_modules.data import Batch
 from lightning_modules.executions import executed, say
 from lightning_modules.labels import with_label
@@ -89,6 +89,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         epilog=f"example: {COMMANDS['cross-check'].example}",
         allow_abbrev=False,
     )
+    add_trust(parser)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="F", help="the .ckpt file, or the folder of a run (its best one)")
     add("--train_on", default="lightning.qubit:adjoint", metavar="DEVICE:METHOD", help="(default: %(default)s)")

@@ -12,7 +12,7 @@ from rich.console import Console
 from lightning_modules import grover_report as report
 from lightning_modules import grover_study as study
 from lightning_modules.checkpoints import resolve
-from lightning_modules.cli import COMMANDS, Parser
+from lightning_modules.cli import COMMANDS, Parser, add_trust
 from lightning_modules.data import Windows
 from lightning_modules.executions import say
 from lightning_modules.labels import with_label
@@ -117,6 +117,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         epilog=f"example: {COMMANDS['grover'].example}",
         allow_abbrev=False,
     )
+    add_trust(parser)
     add = parser.add_argument
     add("--checkpoint", metavar="F", help="the .ckpt file, or the folder of a run (its best one)")
     add("--output", default="runs/grover", metavar="FOLDER", help="where the report goes (default: %(default)s)")

@@ -17,7 +17,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import pennylane_qattn
-from lightning_modules.cli import COMMANDS, Parser, parser_of
+from lightning_modules import trust
+from lightning_modules.cli import COMMANDS, Parser, add_trust, parser_of
 from lightning_modules.corpora import CORPORA
 from lightning_modules.files import atomic_write
 from lightning_modules.gpt import PRESETS, GPTConfig, preset
@@ -52,7 +53,7 @@ HEADER = """\
 #
 #   {fit}
 #   {fit} --ckpt_path last    goes on with a run that was stopped
-#   qattn test --ckpt_path {folder}
+#   qattn test --ckpt_path {folder}{trusted}
 #
 # A line that is taken out has its default; qattn fit --help lists all options there are, with their defaults.
 """
@@ -94,6 +95,7 @@ def _parser() -> Parser:
         epilog=f"example: {COMMANDS['new'].example}",
         allow_abbrev=False,
     )
+    add_trust(parser)
     add = parser.add_argument
     add("--preset", default="qisa-16", metavar="NAME", help=f"{', '.join(PRESETS)} (default: %(default)s)")
     add("--attention", default="qisa", metavar="NAME", help=f"{', '.join(ATTENTION)} (default: %(default)s)")
@@ -114,8 +116,10 @@ def config_text(chosen: dict[str, Any], config: GPTConfig, path: Path) -> str:
     """
     parser = parser_of("fit")
     helps = {action.dest: action.help for action in parser._actions}
-    fit = f"qattn fit --config {shlex.quote(str(path))}"
-    lines = HEADER.format(fit=fit, folder=shlex.quote(f"runs/{chosen['run']}")).splitlines()
+    package = chosen["model.attention"].__module__.partition(".")[0]
+    trusted = "" if package in trust.OWN else f" {trust.OPTION} {package}"
+    fit = f"qattn fit --config {shlex.quote(str(path))}{trusted}"
+    lines = HEADER.format(fit=fit, trusted=trusted, folder=shlex.quote(f"runs/{chosen['run']}")).splitlines()
     above: list[str] = []
     for option in OPTIONS:
         *groups, name = option.split(".")

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_modules.checkpoints import first_difference, resolve
-from lightning_modules.cli import COMMANDS, Parser
+from lightning_modules.cli import COMMANDS, Parser, add_trust
 from lightning_modules.data import Batch
 from lightning_modules.executions import executed, needed, say
 from lightning_modules.files import atomic_write, locked, whole_rows
@@ -95,6 +95,7 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog=f"example: {COMMANDS['noise-sweep'].example}",
         allow_abbrev=False,
     )
+    add_trust(parser)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="F", help="the .ckpt file, or the folder of a run (its best one)")
     listed = " ".join(map(str, SHOTS))

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from lightning_modules.checkpoints import CHECKPOINTS, read_checkpoint, resolve
-from lightning_modules.cli import COMMANDS, Parser
+from lightning_modules.cli import COMMANDS, Parser, add_trust
 from lightning_modules.comparison_rows import ROW, complete_rows, read_history, read_json, training_speed
 from lightning_modules.corpora import load_corpus
 from lightning_modules.data import split_text
@@ -81,6 +81,7 @@ def _parser() -> Parser:
         epilog=f"example: {COMMANDS['report'].example}",
         allow_abbrev=False,
     )
+    add_trust(parser)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run of qattn fit, finished or not, or a checkpoint in it")
     add("--output", default="runs/report", metavar="FOLDER", help="where the page goes (default: %(default)s)")

@@ -212,6 +212,7 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        trust.only(trust.split(args)[1])  # before any name is looked up
         args = list(_with_class_paths(args))
         if self.command == "fit":  # what `--model.attention.split true` without a mechanism means
             args = ["--model.attention", "pennylane_qattn.QISA", *args]

@@ -200,6 +200,24 @@ def test_the_commands_to_begin_with_run(tmp_path):
     assert (tmp_path / "runs" / "first").is_dir()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", ["docs/your_own_attention.md", "docs/your_own_ansatz.md"])
+def test_the_commands_with_code_of_ones_own_run(page, tmp_path):
+    """With a `mine.py` of what the page defines."""
+    defined = [code for _, code in blocks(page, "python") if re.search("^(class|def) ", code, re.MULTILINE)]
+    mine = re.sub(r"^assert_.*", "", "\n".join(defined), flags=re.MULTILINE)
+    (tmp_path / "mine.py").write_text(mine)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    lines = commands(page)
+    assert len(lines) >= 2 and all("--trust mine" in line for line in lines)
+    for line in lines:
+        command = [sys.executable, "-m", "lightning_modules", *shlex.split(line)[1:]]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, f"{line}\n{run.stderr}"
+
+
+WITH_A_TEST_OF_THEIR_OWN = ("docs/start.md", "docs/your_own_attention.md", "docs/your_own_ansatz.md")
 #: Why a command of a page is not run here.
 NOT_RUN = {
     "--trainer.strategy ddp": "several processes: tests/cli/test_distributed.py runs them",
@@ -269,7 +287,9 @@ def run_small(lines: list[str], capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")  # of commands at sizes that nobody would choose
-@pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page != "docs/start.md" and commands(page))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(page for page in PAGES if page not in WITH_A_TEST_OF_THEIR_OWN and commands(page))]
+)
 def test_the_commands_of_a_page_run(page, beside_configs, capsys):
     """In their order, at a small size; a page other than the README takes the run that the README trains."""
     if page != "README.md":

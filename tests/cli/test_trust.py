@@ -1,6 +1,7 @@
 """What comes from strangers runs no code: checkpoints, configs, folders of Hugging Face, tokenizers."""
 
 import copy
+import importlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from lightning_modules import cli
 from lightning_modules.checkpoints import read_checkpoint
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.trust import only
+from pennylane_qattn import ANSATZE, ATTENTION
 
 LAST = "runs/a/checkpoints/last.ckpt"
 #: A module that leaves a file when it is imported.
@@ -46,7 +48,8 @@ def evil(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("evil", None)
     yield
-    sys.modules.pop("evil", None)
+    for name in ("evil", "evi"):
+        sys.modules.pop(name, None)
     only(())
 
 
@@ -237,7 +240,8 @@ def test_what_is_trusted_is_imported(fit, options):
 def test_trust_is_for_one_command_and_what_lies_under_it(fit, refused, tiny):
     config = written({"model": {"attention": function("evil:circuit")}})
     options = [option for option in tiny if option not in ("--model.attention", "classical")]
-    assert "add --trust evil" in refused("fit", *options, "--config", config, "--trust", "evi", "--trust", "evil.circ")
+    Path("evi.py").write_text("def il(): ...")
+    assert "add --trust evil" in refused("fit", *options, "--config", config, "--trust", "evi", "--trust", "evi.il")
     assert_harmless()
     assert cli.main(["fit", *options, "--config", config, "--run", "a", "--trust", "evil"]) == 0
     assert Path("harm").exists()
@@ -262,7 +266,7 @@ def test_a_config_gives_no_trust(refused, tiny, value):
     content = {"trust": value, "trainer": {"callbacks": [{"class_path": "evil.Callback"}]}}
     assert "add --trust evil" in refused("fit", *tiny, "--config", written(content))
     assert "a config cannot give trust" in refused("fit", *tiny, "--config", written({"trust": value}))
-    assert "a config cannot give trust" in refused("compare", "--config", written({"trust": value}), "--trust", "evil")
+    assert "a config cannot give trust" in refused("compare", "--config", written({"trust": value}), "--trust", "json")
     assert_harmless()
 
 
@@ -271,6 +275,131 @@ def test_trust_is_an_import_path(refused, tiny, prefix):
     line = refused("fit", *tiny, f"--trust={prefix}")
     assert line == f"--trust takes an import path, as mine or mine.models; got {prefix!r}"
     assert "--trust takes" in refused("fit", *tiny, "--trust")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "reason"),
+    [
+        ("evi", "there is no module 'evi'; start qattn in the folder that holds it, or put that on PYTHONPATH"),
+        ("evi.l", "there is no module 'evi'"),
+        ("evil.circ", "'evil' has no 'circ'; check the name"),
+        ("broken", "cannot import 'broken': ZeroDivisionError: division by zero (QATTN_DEBUG=1 shows where)"),
+        ("lacking", "cannot import 'lacking': ModuleNotFoundError: No module named 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_imported(refused, tiny, prefix, reason):
+    Path("broken.py").write_text("1 / 0")
+    Path("lacking.py").write_text("import nowhere")
+    for command in (["fit", *tiny], ["certify", "qisa"]):
+        assert f"--trust {prefix}: {reason}" in refused(*command, "--trust", prefix)
+
+
+# --- names of one's own ------------------------------------------------------------------------------------------
+
+OWN = """\
+import dataclasses
+import pathlib
+import pennylane as qml
+from pennylane_qattn import ANSATZE, ATTENTION, Ansatz
+from pennylane_qattn.mechanisms import ScaledDot
+
+pathlib.Path("imported").touch()
+
+@ATTENTION.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own(ScaledDot):
+    name = "own"
+    values: str = "circuit"
+
+@ANSATZE.register
+@dataclasses.dataclass(frozen=True)
+class Zigzag(Ansatz):
+    name = "zigzag"
+    def shape(self, num_wires):
+        return (num_wires,)
+    def __call__(self, weights, wires):
+        for weight, wire in zip(weights, wires):
+            qml.RX(weight, wire)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """`own` is in this folder, and was never imported; a function that forgets it again."""
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def forget():
+        ATTENTION.pop("own", None)
+        ANSATZE.pop("zigzag", None)
+        sys.modules.pop("own", None)
+        (tmp_path / "imported").unlink(missing_ok=True)
+        importlib.invalidate_caches()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def trained_own(own, tiny):
+    """A run with an attention and an ansatz of one's own."""
+    options = [*tiny, "--model.attention", "own", "--model.attention.ansatz", "zigzag", "--trainer.max_steps", "1"]
+    assert cli.main(["fit", *options, "--run", "own", "--trust", "own"]) == 0
+    own()
+    return "runs/own/checkpoints/last.ckpt"
+
+
+#: What keeps the slower readers short.
+SHORT = {
+    "report": "--sample_length 3 --output out",
+    "cross-check": "--steps 1 --batch 1 --windows 1 --evaluate_on lightning.qubit --gradients lightning.qubit:adjoint",
+    "noise-sweep": "--shots 9 --depolarizing --amplitude_damping --readout --repetitions 2 --windows 1 --output out",
+    "grover": "--windows 1 --output out",
+    "draw": "--output out.png",
+    "export-qasm": "--output out",
+    "generate": "--max_new_tokens 2",
+}
+
+
+def test_names_of_ones_own(trained_own, own, refused, tiny, capsys):
+    """Every command that reads a checkpoint imports what registers its names where that is trusted, and only there."""
+    for reader in READERS:
+        command, *arguments = reader.replace("CKPT", trained_own).split()
+        if command == "fit":
+            continue
+        arguments += SHORT.get(command, "").split()
+        line = refused(command, *arguments)
+        assert "unknown attention 'own'; choose from" in line, reader
+        assert line.endswith("; if a module of yours registers it, add --trust MODULE"), reader
+        assert not Path("imported").exists() and "own" not in sys.modules
+        if command == "export-hf":
+            pytest.importorskip("transformers")
+        assert cli.main([command, *arguments, "--trust", "own"]) == 0, capsys.readouterr().err
+        assert Path("imported").exists()
+        own()
+
+
+def test_names_of_ones_own_to_begin_with(own, refused, tiny, capsys):
+    remedy = "; if a module of yours registers it, add --trust MODULE"
+    assert refused("fit", *tiny, "--model.attention", "own").endswith(remedy)
+    by_path = "'own.Own' is code from elsewhere, and importing it would run it; if you trust it, add --trust own"
+    assert refused("fit", *tiny, "--model.attention", "own.Own") == by_path
+    mechanisms = {"mine": "own", "line": {"class_path": "pennylane_qattn.QISA", "init_args": {"ansatz": "zigzag"}}}
+    comparison = ["--dry_run", "true", "--fit.data.corpus", tiny[1]]
+    comparison = ["compare", "--config", written({"mechanisms": mechanisms}), *comparison]
+    assert remedy in refused(*comparison)
+    assert refused("new", "--attention", "own").endswith(remedy)
+    assert refused("resources", "--preset", "qisa-16", "--attention", "own").endswith(remedy)
+    assert not Path("imported").exists()
+    assert cli.main([*comparison, "--trust", "own"]) == 0
+    assert cli.main(["certify", "own", "--trust", "own"]) == 0
+    assert cli.main(["new", "--attention", "own", "--trust", "own", "--output", "own.yaml"]) == 0
+    capsys.readouterr()
+    own()
+    options = [option for option in tiny if option not in ("--model.attention", "classical")]
+    assert cli.main(["fit", "--config", "own.yaml", *options, "--trainer.max_steps", "1", "--trust", "own"]) == 0
+    assert "own GPT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
