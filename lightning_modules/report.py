@@ -391,10 +391,7 @@ def write_report(
     names = [re.sub(r"[^\w.-]+", "-", result.name) for result in results]
     if len(set(names)) < len(names):
         raise ValueError(f"results need names that differ, also as file names; got {', '.join(names)}")
-    for result in results:
-        if result.circuit:
-            _marked(result.circuit, result)
-    page = _page(results, title, [notes] if isinstance(notes, str) else notes, hover)
+    page = _page(results, title, notes, hover)
     pictures = {"loss": (loss_figure(results), {})}
     for name, result in zip(names, results, strict=True):
         pictures[f"attention-{name}"] = (attention_figure(result), {})
@@ -417,6 +414,19 @@ def write_report(
     return folder / PAGE
 
 
+def write_page(
+    folder: str | Path, result: RunResult, title: str, notes: str | Sequence[str] = (), hover: bool = False
+) -> Path:
+    """Writes ``report.html`` alone, of one run: into its folder, where its numbers are already.
+
+    Args, the path that is returned and what is raised are those of `write_report`.
+    """
+    page = _page([result], title, notes, hover)
+    with atomic_write(Path(folder) / PAGE) as file:
+        file.write(page.encode())
+    return Path(folder) / PAGE
+
+
 def _pictures_of(folder: Path) -> Iterator[Path]:
     """The pictures that the report in a folder has made, without those that are others by now."""
     try:
@@ -434,7 +444,10 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _page(results: Sequence[RunResult], title: str, notes: Sequence[str], hover: bool) -> str:
+def _page(results: Sequence[RunResult], title: str, notes: str | Sequence[str], hover: bool) -> str:
+    for result in results:
+        if result.circuit:
+            _marked(result.circuit, result)
     figures = _InlineFigures()
     plots = [
         (heading, caption, figures.svg(figure, heading))
@@ -455,7 +468,7 @@ def _page(results: Sequence[RunResult], title: str, notes: Sequence[str], hover:
     return render_page(
         "report.html",
         title=title,
-        notes=[note for note in notes if note],
+        notes=[note for note in ([notes] if isinstance(notes, str) else notes) if note],
         columns=COLUMNS,
         rows=_rows(results),
         more=_more_metrics(results),

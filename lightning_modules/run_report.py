@@ -29,9 +29,11 @@ from lightning_modules.inspection import attention_maps, circuit_drawing
 from lightning_modules.labels import LEAKS
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.loggers import LABEL
-from lightning_modules.report import HEADLINE_METRICS, RunResult, print_comparison, write_report
+from lightning_modules.report import HEADLINE_METRICS, PAGE, RunResult, print_comparison, write_page, write_report
 from lightning_modules.training_cli import check_writable
 
+#: Folder and heading of a page about several runs.
+OUTPUT, TITLE = "runs/report", "Runs, compared"
 METRICS, CONFIG, POSITIONS = "metrics.csv", "config.yaml", "val_cross_entropy_per_position.csv"
 #: Tokens of a sentence whose attention is drawn, unless one is given: more are too small to be seen.
 MAX_SENTENCE = 64
@@ -46,14 +48,34 @@ def report(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     _check(options)
     runs = _named([find(path) for path in options.runs])
+    results, path = _write(options, runs)
+    print_comparison(results, Console(width=None if sys.stdout.isatty() else 100))
+    print(f"report: {path}")
+
+
+def report_of(folder: str | os.PathLike[str]) -> Path:
+    """Writes what `qattn report` writes of one run, the page in its folder; gives the path."""
+    options = _parser().parse_args(["--", str(folder)])
+    _, path = _write(options, _named([find(folder)]))
+    return path
+
+
+def _write(options: Namespace, runs: Sequence["Run"]) -> tuple[list[RunResult], Path]:
     results = [run.examine(options) for run in runs]
     notes = [*_cautions(runs, results), *(note for run in runs for note in run.notes)]
     for note in notes:
         say(note)
-    print_comparison(results, Console(width=None if sys.stdout.isatty() else 100))
     about = "Metrics are those that each run has written; of which text, and at which step, is under Settings."
-    path = write_report(options.output, results, options.title, notes=[about, *notes], hover=True)
-    print(f"report: {path}")
+    title = options.title or (TITLE if len(runs) > 1 else f"Run {runs[0].name}")
+    notes = [about, *notes]
+    if _is_of_one_run(options):
+        return results, write_page(runs[0].path, results[0], title, notes, hover=True)
+    return results, write_report(options.output or OUTPUT, results, title, notes, hover=True)
+
+
+def _is_of_one_run(options: Namespace) -> bool:
+    """Whether the page belongs to one run, and goes into its folder."""
+    return options.output is None and len(options.runs) == 1 and Path(options.runs[0]).expanduser().is_dir()
 
 
 def _cautions(runs: Sequence["Run"], results: Sequence[RunResult]) -> list[str]:
@@ -84,9 +106,10 @@ def _parser() -> Parser:
     add_trust(parser)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run of qattn fit, finished or not, or a checkpoint in it")
-    add("--output", default="runs/report", metavar="FOLDER", help="where the page goes (default: %(default)s)")
+    where = f"where the page goes (default: of one run its own folder, of several {OUTPUT})"
+    add("--output", metavar="FOLDER", help=where)
     add("--overwrite", action="store_true", help="replace the report that the folder holds")
-    add("--title", default="Runs, compared", metavar="TEXT", help="heading of the page (default: %(default)s)")
+    add("--title", metavar="TEXT", help=f"heading of the page (default: Run and its name, of several: {TITLE})")
     add("--prompt", metavar="TEXT", help="what the samples continue; by default each run's own text")
     add("--sample_length", type=int, default=300, metavar="N", help="tokens of a sample (default: %(default)s)")
     add("--temperature", type=float, default=0.8, metavar="X", help="of the samples (default: %(default)s)")
@@ -100,8 +123,11 @@ def _check(options: Namespace) -> None:
         raise ValueError(f"sample_length must be at least 1; got {options.sample_length}")
     if not 0 <= options.temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or positive and finite; got {options.temperature}")
-    check_writable(Path(options.output), "output")
-    page = Path(options.output) / "report.html"
+    if _is_of_one_run(options):  # whose own page is replaced
+        return
+    output = Path(options.output or OUTPUT)
+    check_writable(output, "output")
+    page = output / PAGE
     if page.exists() and not options.overwrite:
         raise ValueError(f"{str(page)!r} is there already; choose another --output, or replace it with --overwrite")
 

@@ -1,7 +1,7 @@
 """`qattn fit|validate|test|predict`: Lightning's CLI over `LanguageModel` and `TextDataModule`.
 
 All that belongs to a run lies in one folder, `<trainer.default_root_dir>/<run>`: config.yaml, metrics.csv, the
-cross-entropy per position, tensorboard/ and checkpoints/.
+cross-entropy per position, report.html, tensorboard/ and checkpoints/.
 """
 
 import argparse
@@ -75,6 +75,7 @@ RUN_FILES = (
     "config.yaml",
     "metrics.csv",
     "val_cross_entropy_per_position.csv",
+    "report.html",
     "tensorboard",
     MAPS,
     f"{CHECKPOINTS}/{LAST}",
@@ -107,7 +108,7 @@ IRRELEVANT_WARNINGS = (
 
 def fit(argv: list[str]) -> None:
     """`qattn fit`."""
-    TrainingCLI("fit", argv).fit()
+    TrainingCLI("fit", argv).fit(reports=True)
 
 
 def validate(argv: list[str]) -> None:
@@ -188,6 +189,7 @@ class TrainingCLI(LightningCLI):
             "What to log besides, any of gradients, entanglement, entropy, maps, with commas between.",
             type=list[str] | str | None,
         )
+        add("--report", "fit", "Write report.html, the page of the run, at its end.", type=bool, default=True)
         add("--early_stopping", "fit", "Stop after so many validations without a lower val_loss.", type=int | None)
         add(
             "--allow_noncausal",
@@ -408,13 +410,20 @@ class TrainingCLI(LightningCLI):
 
     # --- the commands -------------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Trains, and leaves all that belongs to the run in its folder."""
+    def fit(self, reports: bool = False) -> None:
+        """Trains, and leaves all that belongs to the run in its folder; with `reports`, report.html unless told not to.
+
+        The runs of a comparison have one report together.
+        """
         is_alone = contextlib.nullcontext() if self._writes_nothing else locked(self.run_folder)
         with labelling(lambda: self.model.label), is_alone:
             if not self._writes_nothing:
                 self._take_over()
             self._fit()
+            if reports and self.config.report and not self._writes_nothing:
+                from lightning_modules.run_report import report_of  # here, since it draws
+
+                say(f"report: {report_of(self.run_folder)}")
 
     @property
     def _writes_nothing(self) -> bool:

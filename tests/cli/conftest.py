@@ -38,7 +38,7 @@ def tiny(text_file):
         *("--model.attention", "classical", "--model.num_layers", "1", "--model.embed_dim", "4"),
         *("--model.block_size", "5", "--model.dropout", "0.3", "--model.warmup_steps", "4"),
         *("--trainer.max_steps", "15", "--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "1"),
-        *("--trainer.accelerator", "cpu", "--checkpoint_every", "3"),
+        *("--trainer.accelerator", "cpu", "--checkpoint_every", "3", "--report", "false"),
     ]
 
 

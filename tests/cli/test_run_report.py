@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,35 @@ def test_the_page_needs_no_network(runs, report):
     assert page.count("<script>") == 1 and "<script " not in page and "import" not in page.partition("<script>")[2]
     for heading in ("Learning", "Generated text", "Attention", "The circuit", "Settings"):
         assert f"<h2>{heading}</h2>" in page
+
+
+def test_a_run_leaves_its_report(runs, fit, capsys):
+    assert "LEAKS: leaking" in (runs / "leaking" / "report.html").read_text()
+    assert fit("--run", "a", "--report", "true") == 0
+    assert capsys.readouterr().err.endswith("\nqattn: report: runs/a/report.html\n")
+    page = Path("runs/a/report.html")
+    first = page.read_text()
+    assert "<h1>Run a</h1>" in first and "<h2>Learning</h2>" in first and len(maps_of(first)) == 1
+    losses = [row["val_loss"] for row in table(page.parent, "metrics.csv") if row["val_loss"]]
+    assert f"{min(map(float, losses)):.3f}" in first
+    others = {path for path in Path("runs").rglob("*")}
+    page.write_text("old")
+    assert cli.main(["report", "runs/a", *SHORT]) == 0  # which replaces it
+    assert "report: runs/a/report.html" in capsys.readouterr().out
+    assert "<h1>Run a</h1>" in page.read_text() and {path for path in Path("runs").rglob("*")} == others
+    assert fit("--run", "a", "--overwrite") == 0  # with --report false
+    assert not page.exists()
+    assert fit("--run", "b", "--report", "true", "--trainer.fast_dev_run", "true") == 0
+    assert not Path("runs/b").exists()
+
+
+def test_a_report_that_fails_leaves_the_run(fit, refused, tiny, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr("lightning_modules.report.render_page", broken)
+    assert "RuntimeError: no such font" in refused("fit", *tiny, "--run", "a", "--report", "true", status=1)
+    assert Path("runs/a/checkpoints/best.ckpt").exists() and not Path("runs/a/report.html").exists()
 
 
 def test_maps_hold_the_weights_of_the_model(runs, report):
