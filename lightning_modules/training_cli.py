@@ -6,6 +6,7 @@ cross-entropy per position, report.html, tensorboard/ and checkpoints/.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ from lightning_modules.checkpoints import (
 from lightning_modules.data import TextDataModule
 from lightning_modules.executions import Executions, say
 from lightning_modules.files import atomic_write, locked, remove_partial
-from lightning_modules.gpt import GPTConfig
+from lightning_modules.gpt import GPT, GPTConfig
 from lightning_modules.guard import CausalityGuard, NonCausalError, say_if_leaking
 from lightning_modules.labels import labelling, with_label
 from lightning_modules.language_model import LanguageModel, model_config, planned_steps
@@ -54,7 +55,7 @@ from lightning_modules.loggers import RunCSVLogger, without_tracebacks_of_thread
 from lightning_modules.metrics import describe_bleu
 from lightning_modules.processes import as_lost, end_others, gather, in_turns
 from lightning_modules.watching import MAPS, Watcher, watchers
-from pennylane_qattn import ATTENTION, Certificate, Execution, Mechanism
+from pennylane_qattn import ATTENTION, Certificate, Classical, Execution, Mechanism
 from pennylane_qattn.registry import Registry
 
 #: Length of a run that is given no other end.
@@ -146,6 +147,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, argv: list[str], only_to_look: bool = False):
         quiet()
         self.command, self.only_to_look = command, only_to_look
+        self.pretrained: GPT | None = None
         self.saved: dict[str, Any] | None = None  # the checkpoint, weights apart where they are not needed yet
         description = f"{cli.COMMANDS[command].help.capitalize()}."
         if command == "fit":
@@ -179,6 +181,12 @@ class TrainingCLI(LightningCLI):
             "Checkpoint to continue from: last or best (of this run), or a file."
             if self.command == "fit"
             else "Checkpoint: a file, a run folder, or last or best (of --run). Model and vocabulary come from it.",
+            type=str | None,
+        )
+        add(
+            "--pretrained",
+            "fit",
+            "Folder of OpenAIGPTLMHeadModel of transformers, as GPT-1: the run begins with its weights and tokenizer.",
             type=str | None,
         )
         add("--overwrite", "fit", "Replace the run that the folder holds.", action="store_true")
@@ -216,9 +224,12 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         trust.only(trust.split(args)[1])  # before any name is looked up
         args = list(_with_class_paths(args))
-        if self.command == "fit":  # what `--model.attention.split true` without a mechanism means
-            args = ["--model.attention", "pennylane_qattn.QISA", *args]
-        self.config = arguments.parse(parser, args)
+        if self.command != "fit":
+            self.config = arguments.parse(parser, args)
+        else:  # what `--model.attention.split true` without a mechanism means
+            self.config = arguments.parse(parser, ["--model.attention", "pennylane_qattn.QISA", *args])
+            if self.config.pretrained is not None:
+                self.config = arguments.parse(parser, [*self._pretrained_options(parser), *args])
         self._check_options()
         if self.command == "fit":
             return
@@ -229,6 +240,34 @@ class TrainingCLI(LightningCLI):
         parser.set_defaults({f"data.{name}": value for name, value in _data_options(self.saved.get("data")).items()})
         self.config = arguments.parse(parser, args)
         self.described = arguments.parse(parser, args, defaults=False).get("model", Namespace())
+
+    def _pretrained_options(self, parser: LightningArgumentParser) -> list[str]:
+        """Reads the model to begin with; what stands for its shape, attention and tokenizer where no option does."""
+        from lightning_modules.interchange import load_pretrained  # here, since it needs the extra `hf`
+
+        self.pretrained = load_pretrained(self.config.pretrained)
+        parser.set_defaults({"model.preset": self.pretrained.config.to_plain()})
+        dropout = self.pretrained.blocks[0].attention.dropout
+        attention = ["--model.attention.bias", "true", "--model.attention.dropout", str(dropout)]
+        tokenizer = ["--data.tokenizer", str(Path(self.config.pretrained).expanduser())]
+        return ["--model.attention", "pennylane_qattn.Classical", *attention, *tokenizer]
+
+    def _take_pretrained(self, pretrained: GPT) -> None:
+        """Gives the model the weights to begin with; dropout is the run's own choice."""
+        folder = self.config.pretrained
+        theirs, ours = pretrained.config, self.model.gpt.config
+        theirs = dataclasses.replace(theirs, dropout=ours.dropout, embed_dropout=ours.embed_dropout)
+        wanted = (theirs.to_plain(), Classical(bias=True).to_plain())
+        attention = self.model.attention
+        if isinstance(attention, Classical):
+            attention = dataclasses.replace(attention, dropout=0.0)
+        for then, now in zip(wanted, (ours.to_plain(), attention.to_plain()), strict=True):
+            if name := next((name for name in then if then[name] != now.get(name)), None):
+                raise ValueError(
+                    f"the model in {folder!r} has {name} {then[name]!r}, and the options say {now.get(name)!r}; leave "
+                    "sizes, attention and tokenizer out, as they come from the folder"
+                )
+        checkpoints.load_weights(self.model.gpt, pretrained.state_dict())
 
     def _check_options(self) -> None:
         """Refuses values that parse and yet make no run."""
@@ -341,6 +380,9 @@ class TrainingCLI(LightningCLI):
         self.datamodule = self.config_init.data
         if self.command == "fit":
             self.model = self.config_init.model
+            if self.pretrained is not None:
+                self._take_pretrained(self.pretrained)
+                self.pretrained = None
             if self.saved is not None:
                 self.model.on_load_checkpoint(self.saved)  # refuses another model's before anything is written
         self.trainer = self.instantiate_trainer()
