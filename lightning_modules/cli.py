@@ -16,7 +16,6 @@ import importlib.metadata
 import os
 import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -160,23 +159,44 @@ def _run(argv: list[str]) -> int | None:
     return function_of(argv[0])(argv[1:])
 
 
+#: The commands in the order of a study, as `qattn --help` tells them.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "begin": ("new", "completion"),
+    "train": ("fit", "compare", "merge"),
+    "use and judge": ("validate", "test", "predict", "generate", "report", "certify", "grover"),
+    "circuits and quantum devices": ("draw", "resources", "devices", "cross-check", "noise-sweep"),
+    "share": ("export-qasm", "export-hf"),
+}
+
+OVERVIEW = """\
+usage: qattn COMMAND [OPTIONS]
+
+GPT-1 language models with quantum and quantum-inspired attention.
+
+first steps:
+  qattn fit --config configs/qisa-16.yaml --data.corpus pydoc   trains; all of it goes into runs/qisa-16
+  qattn test --ckpt_path runs/qisa-16                           measures it on text that it has not seen
+  qattn generate --checkpoint runs/qisa-16 --prompt "The "      lets it write
+  qattn report runs/qisa-16                                     draws it: losses, attention, circuit, samples
+
+{commands}
+examples:
+{examples}
+
+qattn COMMAND --help lists the options of a command, qattn --version the version.
+Exit status: 0 done, 1 it failed or a check did, 2 bad input, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM.
+An error is one line; with QATTN_DEBUG=1 in the environment its traceback comes first.
+The documentation is in docs/, from docs/start.md on; docs/errors.md says what to do about errors."""
+
+
 def overview() -> str:
     """What `qattn --help` prints."""
     width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    commands = ""
+    for group, names in GROUPS.items():
+        commands += f"{group}:\n" + "".join(f"  {name:{width}}  {COMMANDS[name].help}\n" for name in names) + "\n"
     examples = "\n".join(f"  {command.example}" for command in COMMANDS.values())
-    return textwrap.dedent("""\
-        usage: qattn COMMAND [OPTIONS]
-
-        GPT-1 language models with quantum and quantum-inspired attention.
-
-        commands:
-        {}
-
-        examples:
-        {}
-
-        qattn COMMAND --help lists the options of a command, qattn --version the version.""").format(commands, examples)
+    return OVERVIEW.format(commands=commands.rstrip("\n") + "\n", examples=examples)
 
 
 def version() -> str:

@@ -35,6 +35,22 @@ def test_help_lists_every_command_with_an_example(capsys):
         assert command.example.startswith(f"qattn {name} ")
 
 
+def test_help_tells_the_story(capsys):
+    grouped = [name for names in cli.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(cli.COMMANDS)  # each once
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    first = re.findall(r"^  qattn (\S+)", text.partition("first steps:")[2].partition("begin:")[0], re.MULTILINE)
+    assert first == ["fit", "test", "generate", "report"]
+    places = [text.index(part) for part in ("first steps:", *(f"\n{group}:\n" for group in cli.GROUPS), "examples:")]
+    assert places == sorted(places)
+    status = text.partition("Exit status:")[2].partition("\n")[0]
+    assert [int(number) for number in re.findall(r"\d+", status)] == list(ENDS)
+    assert "QATTN_DEBUG=1" in text
+    for page in re.findall(r"docs/\w+\.md", text):
+        assert (ROOT / page).is_file()
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("qattn ")
