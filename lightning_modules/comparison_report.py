@@ -180,9 +180,12 @@ def _verdict(line: Line) -> Cell:
     entry = line.entry
     verdicts = entry.values("causality")
     count = sum((value if value in (LEAKS, "causal") else "undecided") == entry.verdict for value in verdicts)
-    in_part = entry.verdict == "causal" and any(map(is_partial, entry.values("certificate")))
-    text = f"{entry.verdict} in part" if in_part else entry.verdict
+    text = f"{entry.verdict} in part" if _in_part(entry) else entry.verdict
     return Cell(text, _seeds(count, len(verdicts)), "leaks" if entry.leaks else "")
+
+
+def _in_part(entry: Entry) -> bool:
+    return entry.verdict == "causal" and any(map(is_partial, entry.values("certificate")))
 
 
 QUALITY = (
@@ -293,7 +296,7 @@ def explanations(groups: Sequence[Group]) -> list[str]:
         )
     if any(entry.verdict == "undecided" for entry in entries):
         texts.append("undecided: the certificate was not finished, or found neither a leak nor its absence.")
-    if any(_verdict(entry).text.endswith(" in part") for entry in entries):
+    if any(map(_in_part, entries)):
         texts.append("causal in part: no leak was found, in less than all that there is to look at.")
     texts.append(
         "From the past alone: each token is predicted from the tokens before it and nothing else, as in generation. "
