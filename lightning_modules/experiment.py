@@ -12,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -44,12 +45,55 @@ def compare(argv: list[str]) -> None:
 def read_options(argv: list[str]) -> Namespace:
     """The options of `qattn compare`; `ValueError` where they make no comparison."""
     parser = _parser()
+    argv, single = _single_options(argv)
     options = Namespace(**parse(parser, argv).as_dict())
     for name, default in parser.get_defaults().items():
         if default is not None and getattr(options, name) is None:
             raise ValueError(f"{name} is null; give a value, or leave it out for {default!r}")
+    if single and not isinstance(options.fit, dict):
+        raise ValueError(
+            f"--fit.{'.'.join(single[0][0])} changes options that stand in the config itself, and fit is the file "
+            f"{options.fit!r}; change that file, or write its options under fit"
+        )
+    for path, value in single:
+        _put(options.fit, path, value)
     _check(options)
     return options
+
+
+def _single_options(argv: list[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+    """The arguments without those like `--fit.trainer.max_steps 100`, and these, as path and value.
+
+    They are of options that the parser does not know one by one: it would put each in the place of all of its group.
+    """
+    rest: list[str] = []
+    found: list[tuple[list[str], Any]] = []
+    given = iter(argv)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--fit(\.\w+){2,}", name):
+            rest.append(argument)
+            continue
+        value = value if equals else next(given, None)
+        if value is None:
+            raise ValueError(f"{name} needs a value")
+        try:
+            found.append((name.split(".")[1:], yaml.safe_load(value)))
+        except yaml.YAMLError:
+            raise ValueError(f"{name} cannot be read as YAML; quote it; got {value!r:.80}") from None
+    return rest, found
+
+
+def _put(group: dict[str, Any], path: list[str], value: Any) -> None:
+    """Sets one option of a nested group, and leaves the others as they are."""
+    *inner, last = path
+    for name in inner:
+        if group.get(name) is None:
+            group[name] = {}
+        group = group[name]
+        if not isinstance(group, dict):
+            raise ValueError(f"--fit.{'.'.join(path)}: {name} is {group!r} and holds no options")
+    group[last] = value
 
 
 def _compare(options: Namespace) -> None:

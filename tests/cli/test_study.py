@@ -294,6 +294,29 @@ def test_a_leak_is_allowed_as_in_fit(write, option):
     assert read_options(["--config", str(write()), option, "--dry_run", "true"]).allow_noncausal is True
 
 
+def test_single_options_leave_the_others(write):
+    args = ["--fit.trainer.max_steps", "7", "--fit.model.attention.init_args.span=2", "--fit.seed_everything", "9"]
+    fit = read_options(["--config", str(write()), *args]).fit
+    assert fit["trainer"] == {**FIT["trainer"], "max_steps": 7}
+    assert fit["model"] == {**FIT["model"], "attention": {"init_args": {"span": 2}}}
+    assert fit["data"] == FIT["data"] and fit["seed_everything"] == 9
+
+
+@pytest.mark.parametrize(
+    ("fit", "args", "message"),
+    [
+        (FIT, ["--fit.trainer.max_steps"], "--fit.trainer.max_steps needs a value"),
+        (FIT, ["--fit.trainer.max_steps", "[1"], "--fit.trainer.max_steps cannot be read as YAML"),
+        (FIT, ["--fit.model.preset.size", "1"], "preset is 'qisa-16' and holds no options"),
+        ("mine.yaml", ["--fit.trainer.max_steps", "1"], "fit is the file 'mine.yaml'; change that file"),
+    ],
+)
+def test_single_options_that_cannot_be_set(write, fit, args, message, capsys):
+    assert main(["compare", "--config", str(write(fit=fit)), *args]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and message in errors[0]
+
+
 def test_leaks_are_refused_or_labelled(write, tmp_path, capsys):
     def reports(err):
         return err.splitlines().count("qisa-published GPT LEAKS")
