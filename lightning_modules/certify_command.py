@@ -26,6 +26,7 @@ from lightning_modules.files import atomic_write
 from lightning_modules.guard import say_if_leaking
 from lightning_modules.language_model import LanguageModel
 from pennylane_qattn import ATTENTION, causality
+from pennylane_qattn.extras import install
 
 #: Sizes of an attention that is asked for by name.
 SIZES = {"embed_dim": 16, "num_heads": 2, "block_size": 16}
@@ -208,8 +209,7 @@ def _hugging_face(name: str, target: str) -> Target:
         import transformers
     except ImportError:
         raise ValueError(
-            f"{target!r} is a Hugging Face model, which needs transformers; install it with: pip install "
-            "'pennylane-qattn[hf]'"
+            f"{target!r} is a Hugging Face model, which needs transformers; install it with: {install('hf')}"
         ) from None
     if not name:
         raise ValueError(f"{HUB} needs a name behind it, as in {HUB}gpt2")

@@ -19,6 +19,7 @@ from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.training_cli import TrainingCLI, check_writable
 from pennylane_qattn import Grover
+from pennylane_qattn.extras import install
 
 #: Thresholds to try are these quantiles of all scores.
 SHARES = (0.5, 0.75, 0.9, 0.97)
@@ -31,9 +32,9 @@ def grover(argv: list[str]) -> None:
     check_writable(folder, "output")
     with_index = importlib.util.find_spec("sklearn") is not None
     if not with_index and options.index is not False:
-        missing = "the index needs scikit-learn, which is not here; pip install 'pennylane-qattn[index]'"
+        missing = f"the index needs scikit-learn, which is not here: {install('index')}"
         if options.index:
-            raise ValueError(f"{missing}, or leave --index out")
+            raise ValueError(f"{missing}; or leave --index out")
         say(f"without an index: {missing}")
         options.index = False
     elif options.index is None:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pennylane_qattn import ATTENTION, Attention, KeyValueCache, Mechanism
+from pennylane_qattn.extras import install
 from pennylane_qattn.features import PerHeadFeatureMap
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
     from transformers.cache_utils import Cache, EncoderDecoderCache
 except ImportError:
-    raise ImportError(
-        "Hugging Face models need transformers; install it with: pip install 'pennylane-qattn[hf]'"
-    ) from None
+    raise ImportError(f"Hugging Face models need transformers; install it with: {install('hf')}") from None
 
 
 class ReplacedAttention(nn.Module):

@@ -18,6 +18,7 @@ from lightning_modules.files import new_folder
 from lightning_modules.gpt import GPT, GPTConfig
 from lightning_modules.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
 from pennylane_qattn import Attention, Classical, LinearFeatureMap, ScaledDotScore
+from pennylane_qattn.extras import install
 
 if TYPE_CHECKING:
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, PreTrainedTokenizerFast
@@ -132,9 +133,7 @@ def _transformers():
     try:
         import transformers
     except ImportError:
-        raise ImportError(
-            "Hugging Face models need transformers; install it with: pip install 'pennylane-qattn[hf]'"
-        ) from None
+        raise ImportError(f"Hugging Face models need transformers; install it with: {install('hf')}") from None
     return transformers
 
 

@@ -24,6 +24,7 @@ from lightning_modules.language_model import LanguageModel
 from lightning_modules.run_report import find
 from lightning_modules.variants import as_config
 from pennylane_qattn import Mechanism
+from pennylane_qattn.extras import install
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -31,9 +32,7 @@ try:
     from transformers.modeling_outputs import CausalLMOutput
     from transformers.utils import logging
 except ImportError:
-    raise ImportError(
-        "Hugging Face models need transformers; install it with: pip install 'pennylane-qattn[hf]'"
-    ) from None
+    raise ImportError(f"Hugging Face models need transformers; install it with: {install('hf')}") from None
 
 
 class QAttnGPTConfig(PreTrainedConfig):

@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pennylane_qattn.extras import install
 from pennylane_qattn.grover.largest import search_largest
 from pennylane_qattn.grover.registers import Registers, Subspace
 from pennylane_qattn.grover.search import QueryCounts, Schedule, name_places, search, search_known
@@ -456,7 +457,7 @@ def _ball_tree() -> type:
         from sklearn.neighbors import BallTree
     except ImportError:
         raise ImportError(
-            "the index needs scikit-learn; install it with `pip install pennylane-qattn[index]`", name="sklearn"
+            f"the index needs scikit-learn; install it with: {install('index')}", name="sklearn"
         ) from None
     return BallTree
 

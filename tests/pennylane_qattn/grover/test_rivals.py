@@ -298,7 +298,9 @@ def test_misses_are_reported_and_not_mended(simulator):
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.neighbors", None)
-    with pytest.raises(ImportError, match=r"scikit-learn; install it with `pip install pennylane-qattn\[index\]`") as e:
+    with pytest.raises(
+        ImportError, match=r"scikit-learn; install it with: pip install 'pennylane-qattn\[index\]'"
+    ) as e:
         BallTreeIndex()
     assert "\n" not in str(e.value) and e.value.name == "sklearn"
     assert set(FINDERS) == {"quantum", "scan", "index"}
