@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import sys
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -19,7 +17,7 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -327,72 +325,3 @@ def _set_position(loops: dict[str, Any], batches_per_epoch: int | float, in_vali
     if in_validation:  # to be done again from its first batch
         validation["current"].update(dict.fromkeys(PROGRESS, 0))
         validation["total"].update(ready=1, started=1, processed=0, completed=0)
-
-
-class RichProgress(RichProgressBar):
-    """Lightning's rich progress bar, on stderr, that knows the end of a run of so many steps, also a continued one."""
-
-    def __init__(self) -> None:
-        super().__init__(console_kwargs={"stderr": True})
-
-    @property
-    def total_train_batches(self) -> int | float:
-        trainer = self.trainer
-        if trainer.max_steps < 0:
-            return trainer.num_training_batches
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed % trainer.num_training_batches
-        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        return min(trainer.num_training_batches, batches + left)
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in metrics.items() if name != "v_num"}
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return self._labelled(f"Epoch {current_epoch}").ljust(len(self.validation_description))
-
-    @property
-    def sanity_check_description(self) -> str:
-        return self._labelled(super().sanity_check_description)
-
-    @property
-    def validation_description(self) -> str:
-        return self._labelled(super().validation_description)
-
-    @property
-    def test_description(self) -> str:
-        return self._labelled(super().test_description)
-
-    @property
-    def predict_description(self) -> str:
-        return self._labelled(super().predict_description)
-
-    def _labelled(self, text: str) -> str:
-        return labels.with_label(text, labels.label_of(self.trainer.lightning_module))
-
-
-class PlainProgress(ProgressBar):
-    """One line on stderr after each validation, for where no terminal is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._enabled, self._begun = True, 0.0
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begun = time.monotonic()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        if not self._enabled or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
-            return
-        end = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        values = (f"{name} {float(value):.4f}" for name, value in trainer.progress_bar_metrics.items())
-        seconds = time.monotonic() - self._begun
-        line = f"step {trainer.global_step}{end}: {', '.join(values)} ({seconds:.0f} s)"
-        print(labels.with_label(line, labels.label_of(pl_module)), file=sys.stderr, flush=True)

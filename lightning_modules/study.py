@@ -23,6 +23,7 @@ from lightning_modules import timing
 from lightning_modules.checkpoints import CHECKPOINTS, LAST
 from lightning_modules.comparison_report import write_rows
 from lightning_modules.executions import say
+from lightning_modules.progress import duration
 from lightning_modules.report import RunResult
 from lightning_modules.training_cli import TrainingCLI
 from lightning_modules.trust import OPTION
@@ -78,7 +79,7 @@ class Study:
                     table.add_row(f"[bold]{cell}[/]")
             variant, budget = unit.variant, unit.budget()
             twin = "" if variant.twin_mismatch is None else f"{variant.twin} {variant.twin_mismatch:+.1%}"
-            numbers = (str(budget.runs), f"{budget.steps:,}", f"{budget.tokens:,}", _duration(budget.seconds))
+            numbers = (str(budget.runs), f"{budget.steps:,}", f"{budget.tokens:,}", duration(budget.seconds))
             title = Text(variant.title)
             if unit.label:
                 title.append(f" {unit.label}", "bold red")
@@ -87,7 +88,7 @@ class Study:
         console.print(table)
         shard = "" if self.options.shard is None else f" in shard {self.options.shard}"
         console.print(
-            f"{runs} runs of training to do{shard}, {steps:,} steps: about {_duration(seconds)} with "
+            f"{runs} runs of training to do{shard}, {steps:,} steps: about {duration(seconds)} with "
             f"{torch.get_num_threads()} threads, evaluation apart",
             highlight=False,
         )
@@ -244,8 +245,3 @@ def _config_of(mechanism: Any) -> Mapping[str, Any]:
     if not isinstance(options, Mapping) or "class_path" not in mechanism:
         raise ValueError(f"a mechanism is a name or has a class_path, with init_args or without; got {mechanism!r}")
     return mechanism
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules import arguments, checkpoints, cli, training_state, trust
-from lightning_modules.callbacks import PlainProgress, RandomState, RichProgress, RunCheckpoint
+from lightning_modules.callbacks import RandomState, RunCheckpoint
 from lightning_modules.checkpoints import (
     BEST,
     CHECKPOINTS,
@@ -54,6 +54,7 @@ from lightning_modules.language_model import LanguageModel, model_config, planne
 from lightning_modules.loggers import RunCSVLogger, without_tracebacks_of_threads
 from lightning_modules.metrics import describe_bleu
 from lightning_modules.processes import as_lost, end_others, gather, in_turns
+from lightning_modules.progress import PlainProgress, RichProgress
 from lightning_modules.watching import MAPS, Watcher, watchers
 from pennylane_qattn import ATTENTION, Certificate, Classical, Execution, Mechanism
 from pennylane_qattn.registry import Registry

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 import signal
 from types import SimpleNamespace
 
@@ -14,9 +15,7 @@ import torch
 from lightning_modules import callbacks
 from lightning_modules.callbacks import (
     Interrupted,
-    PlainProgress,
     RandomState,
-    RichProgress,
     RunCheckpoint,
     random_state,
     set_random_state,
@@ -25,6 +24,7 @@ from lightning_modules.checkpoints import PlainCheckpointIO, read_checkpoint
 from lightning_modules.data import TextDataModule
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.loggers import RunCSVLogger
+from lightning_modules.progress import PlainProgress, RichProgress
 
 pytestmark = [
     # Lightning 2.6 uses what torch 2.13 calls deprecated.
@@ -472,6 +472,7 @@ def test_plain_progress_is_one_line_per_validation(run, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 4/8", "step 8/8"]
     assert all("train_loss" in line and "val_loss" in line for line in lines)
+    assert re.search(r" \(\d+ s, about \d+ s left\)$", lines[0]) and re.search(r" \(\d+ s\)$", lines[1])
 
 
 class PlainProgressWithoutBar(L.Callback):

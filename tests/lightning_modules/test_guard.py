@@ -16,13 +16,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_modules import labels
-from lightning_modules.callbacks import RandomState, RichProgress, RunCheckpoint, random_state, set_random_state
+from lightning_modules.callbacks import RandomState, RunCheckpoint, random_state, set_random_state
 from lightning_modules.checkpoints import PlainCheckpointIO, read_checkpoint
 from lightning_modules.data import TextDataModule
 from lightning_modules.executions import say
 from lightning_modules.guard import CausalityGuard, NonCausalError
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.loggers import RunCSVLogger, set_label
+from lightning_modules.progress import RichProgress
 from lightning_modules.tokenizers import CharTokenizer
 from pennylane_qattn import Classical, causality
 

@@ -1,0 +1,192 @@
+"""How far a run is, and how long it still takes: bars on a terminal, lines of text elsewhere."""
+
+import math
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_modules import labels
+
+#: Seconds between two lines on one thing.
+EVERY = 10.0
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `1.6 h`."""
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+class Pace:
+    """How long something still takes, if it goes on as it did so far.
+
+    Args:
+        done: how much of it is done as it begins, as in a run that goes on.
+    """
+
+    def __init__(self, done: float = 0):
+        self._done, self._begun = done, time.monotonic()
+        self._said = self._begun
+
+    def is_due(self) -> bool:
+        """Whether `EVERY` seconds have passed since it was last said."""
+        return time.monotonic() - self._said >= EVERY
+
+    def say(self, done: float, total: float) -> str:
+        """`12 s, about 45 s left`, of which the last is left out where nothing can be known."""
+        self._said = time.monotonic()
+        seconds = self._said - self._begun
+        text = duration(seconds)
+        if done > self._done and done < total < math.inf:
+            text += f", about {duration(seconds * (total - done) / (done - self._done))} left"
+        return text
+
+
+class RichProgress(RichProgressBar):
+    """Lightning's rich progress bar, on stderr, that knows the end of a run of so many steps, also a continued one."""
+
+    def __init__(self) -> None:
+        super().__init__(console_kwargs={"stderr": True})
+
+    @property
+    def total_train_batches(self) -> int | float:
+        trainer = self.trainer
+        if trainer.max_steps < 0:
+            return trainer.num_training_batches
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed % trainer.num_training_batches
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, batches + left)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self._labelled(f"Epoch {current_epoch}").ljust(len(self.validation_description))
+
+    @property
+    def sanity_check_description(self) -> str:
+        return self._labelled(super().sanity_check_description)
+
+    @property
+    def validation_description(self) -> str:
+        return self._labelled(super().validation_description)
+
+    @property
+    def test_description(self) -> str:
+        return self._labelled(super().test_description)
+
+    @property
+    def predict_description(self) -> str:
+        return self._labelled(super().predict_description)
+
+    def _labelled(self, text: str) -> str:
+        return labels.with_label(text, labels.label_of(self.trainer.lightning_module))
+
+
+class PlainProgress(ProgressBar):
+    """Lines on stderr, for where no terminal is: after each validation of a run, and every ten seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled, self._training, self._looking = True, Pace(), Pace()
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    # --- training
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._training = Pace(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if self._training.is_due():
+            self._say_step(trainer, pl_module, "")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        values = ", ".join(f"{name} {float(value):.4f}" for name, value in trainer.progress_bar_metrics.items())
+        self._say_step(trainer, pl_module, f": {values}" if values else "")
+
+    def _say_step(self, trainer: L.Trainer, pl_module: L.LightningModule, values: str) -> None:
+        step, last = trainer.global_step, _last_step(trainer)
+        end = f"/{last:.0f}" if last < math.inf else ""
+        self._say(f"step {step}{end}{values} ({self._training.say(step, last)})", pl_module)
+
+    # --- looking at a trained model
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._looking = Pace()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
+        self._looking = Pace()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_predict_start(trainer, pl_module)
+        self._looking = Pace()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.has_dataloader_changed(dataloader_idx)  # which the total is asked of
+        self._say_batch("validation", pl_module, batch_idx, self.total_val_batches_current_dataloader)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.has_dataloader_changed(dataloader_idx)  # which the total is asked of
+        self._say_batch("test", pl_module, batch_idx, self.total_test_batches_current_dataloader)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.has_dataloader_changed(dataloader_idx)  # which the total is asked of
+        self._say_batch("prediction", pl_module, batch_idx, self.total_predict_batches_current_dataloader)
+
+    def _say_batch(self, what: str, pl_module: L.LightningModule, batch: int, total: float) -> None:
+        if self._looking.is_due():
+            end = f"/{total:.0f}" if total < math.inf else ""
+            self._say(f"{what}: batch {batch + 1}{end} ({self._looking.say(batch + 1, total)})", pl_module)
+
+    def _say(self, line: str, pl_module: L.LightningModule) -> None:
+        if self._enabled:
+            print(labels.with_label(line, labels.label_of(pl_module)), file=sys.stderr, flush=True)
+
+
+def _last_step(trainer: L.Trainer) -> float:
+    """The optimizer step that a trainer's limits end at; infinite without any."""
+    last = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is not None and epochs >= 0 and batches < math.inf:
+        last = min(last, epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    return last
