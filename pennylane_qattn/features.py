@@ -24,7 +24,7 @@ from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.precision import at_least_float32
 from pennylane_qattn.quadratic import quadratic_forms
-from pennylane_qattn.transforms import is_transformed, is_wrapped, values_of
+from pennylane_qattn.transforms import is_transformed, values_of
 
 
 class FeatureMap(nn.Module, ABC):
@@ -146,8 +146,7 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
         return [decode_words(head) for head in values_of(self.word_codes)]
 
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
-        if not torch.compiler.is_compiling():
-            self._follow_words()
+        self._follow_words()
         return super().forward(x)
 
     def _follow_words(self) -> None:
@@ -156,8 +155,10 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
         Raises:
             ValueError: if they are no words, or `torch.func` has other ones than the module.
         """
+        if torch.compiler.is_compiling():  # what is compiled keeps the words that it was compiled with
+            return
         codes, mark = self.word_codes, None
-        if is_wrapped(codes):
+        if is_transformed():
             values = values_of(codes)
         elif codes.device.type == "cpu":
             values = codes.detach().numpy()

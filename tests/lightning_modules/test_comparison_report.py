@@ -372,7 +372,7 @@ def test_the_files(tmp_path):
 
 
 def test_the_same_rows_give_the_same_files(tmp_path):
-    rows = one_corpus(seeds=range(4), plan=PLAN[-5:])
+    rows = one_corpus(seeds=range(4), plan=[*PLAN[1:3], *PLAN[-5:]])
     write_all(tmp_path / "a", rows)
     write_all(tmp_path / "b", rows)
     for name in FILES:

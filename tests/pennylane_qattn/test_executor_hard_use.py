@@ -251,6 +251,16 @@ def test_transforms_are_refused_in_one_line(execution):
         one_line(error.value)
 
 
+def test_folded_circuits_run_under_transforms():
+    module, x = feature_map(), tokens()
+    jacobian = torch.autograd.functional.jacobian(module, x)
+    torch.testing.assert_close(torch.func.jacrev(module)(x), jacobian, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.func.jacfwd(module)(x), jacobian, rtol=1e-12, atol=1e-12)
+    module(x).sum().backward()
+    found = torch.func.grad(lambda w: torch.func.functional_call(module, {"weights": w}, (x,)).sum())(module.weights)
+    torch.testing.assert_close(found, module.weights.grad, rtol=1e-12, atol=1e-12)
+
+
 @exact_way
 def test_functional_call_is_no_transform(execution):
     module, x = feature_map(execution), tokens()
