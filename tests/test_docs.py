@@ -226,6 +226,7 @@ NOT_RUN = {
     "qattn merge": "joins the thirty parts of an array; test_study merges",
     "my_package": "stands for a module of the reader's",
     "hf:openai-community": "fetches a model from the Hub",
+    "--pretrained gpt1-folder": "a folder of the reader's; test_begin_with_pretrained makes one",
     "dense.qubit": "the device of that page, which its Python has made for its own process",
     "devices --try": "minutes; test_devices_command tries the devices that are there",
     "devices --preset gpt1": "minutes, for a model of the size of GPT-1; the table of a checkpoint is printed",
