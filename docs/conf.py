@@ -53,8 +53,6 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 #: Titles of pages that a command writes without one.
 TITLES = {
-    "hunt/table": "Candidates on validation text",
-    "confirm-16/table": "N-gram attention of width 16, on test text",
     "grover/training": "Amplification, trained",
 }
 
