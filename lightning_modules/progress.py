@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -137,46 +138,29 @@ class PlainProgress(ProgressBar):
         super().on_predict_start(trainer, pl_module)
         self._looking = Pace()
 
-    def on_validation_batch_end(
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._say_batch("validation", pl_module, trainer.num_val_batches, *args)
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._say_batch("test", pl_module, trainer.num_test_batches, *args)
+
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._say_batch("prediction", pl_module, trainer.num_predict_batches, *args)
+
+    def _say_batch(
         self,
-        trainer: L.Trainer,
+        what: str,
         pl_module: L.LightningModule,
+        totals: Sequence[float],
         outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.has_dataloader_changed(dataloader_idx)  # which the total is asked of
-        self._say_batch("validation", pl_module, batch_idx, self.total_val_batches_current_dataloader)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.has_dataloader_changed(dataloader_idx)  # which the total is asked of
-        self._say_batch("test", pl_module, batch_idx, self.total_test_batches_current_dataloader)
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.has_dataloader_changed(dataloader_idx)  # which the total is asked of
-        self._say_batch("prediction", pl_module, batch_idx, self.total_predict_batches_current_dataloader)
-
-    def _say_batch(self, what: str, pl_module: L.LightningModule, batch: int, total: float) -> None:
         if self._looking.is_due():
+            done, total = batch_idx + 1, totals[dataloader_idx]
             end = f"/{total:.0f}" if total < math.inf else ""
-            self._say(f"{what}: batch {batch + 1}{end} ({self._looking.say(batch + 1, total)})", pl_module)
+            self._say(f"{what}: batch {done}{end} ({self._looking.say(done, total)})", pl_module)
 
     def _say(self, line: str, pl_module: L.LightningModule) -> None:
         if self._enabled:
