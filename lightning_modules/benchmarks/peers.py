@@ -6,7 +6,6 @@ best; dense observables are the published algorithm gate by gate.
 
 import argparse
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from lightning_modules.benchmarks.options import (
     synchronize_of,
     working,
 )
+from lightning_modules.benchmarks.references import kernels_left_out
 from lightning_modules.benchmarks.result import Cell, CheckFailed, Column, Result
 from lightning_modules.benchmarks.torchlayer import pair, plain_layer, refusal
 from lightning_modules.timing import forward_and_backward, interleaved_seconds, quotients, seconds_of
@@ -124,20 +124,6 @@ class TokenByToken(nn.Module):
         return torch.stack([self.layer(token) for token in x])
 
 
-@contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
-    """As with the environment's `QATTN_KERNELS=0`."""
-    before = os.environ.get(kernels.SWITCH)
-    os.environ[kernels.SWITCH] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[kernels.SWITCH]
-        else:
-            os.environ[kernels.SWITCH] = before
-
-
 def peers(
     circuit: Circuit, pairs: Sequence[tuple[str, str]], device: str, dtype: torch.dtype = torch.float32
 ) -> list[Peer]:
@@ -146,7 +132,7 @@ def peers(
     folded = CircuitLayer(circuit)
     found = [Peer(FOLDED, "", folded)]
     if kernels.serve(torch.empty(0, dtype=dtype, device=device)):
-        found.append(Peer("folded, here, without kernels", "", folded, without_kernels))
+        found.append(Peer("folded, here, without kernels", "", folded, kernels_left_out))
     dense = DenseObservables(circuit.num_features, circuit.words, dtype.to_complex())
     found.append(Peer("dense observables, gate by gate", "", dense))
     for name, method in pairs:

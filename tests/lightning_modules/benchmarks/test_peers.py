@@ -9,6 +9,7 @@ from dense_reference import qisa_values
 
 from lightning_modules.benchmarks import peers
 from lightning_modules.benchmarks.dense_observables import DenseObservables
+from lightning_modules.benchmarks.references import kernels_left_out
 from lightning_modules.benchmarks.result import CheckFailed, Result
 from lightning_modules.benchmarks.torchlayer import refusal
 from pennylane_qattn import kernels
@@ -104,11 +105,11 @@ def test_a_peer_that_computes_something_else_ends_the_run(run, monkeypatch):
 
 def test_kernels_are_left_out_and_come_back(monkeypatch):
     monkeypatch.delenv(kernels.SWITCH, raising=False)
-    with peers.without_kernels():
+    with kernels_left_out():
         assert os.environ[kernels.SWITCH] == "0" and not kernels.serve(torch.empty(0))
     assert kernels.SWITCH not in os.environ
     monkeypatch.setenv(kernels.SWITCH, "1")
-    with pytest.raises(KeyError), peers.without_kernels():
+    with pytest.raises(KeyError), kernels_left_out():
         raise KeyError
     assert os.environ[kernels.SWITCH] == "1"
 
