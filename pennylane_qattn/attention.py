@@ -185,7 +185,14 @@ def fused_attention(
     blind = ~visible.any(-1, keepdim=True) if visibility.may_be_blind else None
     if blind is not None:
         visible = visible | blind
+    # With one head Inductor may give the heads' axis a stride of 1, for which torch's CUDA kernels know no alignment; as the
+    # axis of the batch, of one sequence, it may have any.
+    exchanged = q.shape[1] == 1 and torch.compiler.is_compiling()
+    if exchanged:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        visible = None if visible is None else visible.transpose(0, 1)
     out = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=triangle, scale=score.scale)
+    out = out.transpose(0, 1) if exchanged else out
     return (out if blind is None else out.masked_fill(blind, 0.0))[..., :width]
 
 

@@ -170,10 +170,10 @@ import torch
 from pennylane_qattn import build_attention
 
 x = torch.randn(67, 7, 12, generator=torch.Generator().manual_seed(0)).cuda()
-for name in ("qisa", "gaussian", "overlap"):
+for name, heads in (("qisa", 3), ("gaussian", 3), ("overlap", 3), ("gaussian", 1), ("qisa", 1)):
     torch.manual_seed(0)
     torch._dynamo.reset()
-    module = build_attention(name, 12, 3, 7).cuda()
+    module = build_attention(name, 12, heads, 7).cuda()
     out, expected = torch.compile(module, fullgraph=True)(x), module(x)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     wanted = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
