@@ -50,17 +50,13 @@ class Engine(Protocol):
 def shift_rule(gate: Gate) -> tuple[tuple[float, float], ...]:
     """The parameter-shift rule of a gate, pairs of coefficient and shift: two terms, or four.
 
-    Raises:
-        ValueError: if PennyLane knows none.
+    PennyLane knows a recipe or the frequencies of every gate in `ROTATIONS`, and no other gate has an angle.
     """
     op = operation(gate, 0.3)
     recipe = getattr(op, "grad_recipe", [None])[0]
     if recipe is not None:
         return tuple((float(coefficient), float(shift)) for coefficient, _, shift in recipe)
-    try:
-        (frequencies,) = op.parameter_frequencies
-    except qml.exceptions.ParameterFrequenciesUndefinedError:
-        raise ValueError(f"{gate.name} has no parameter-shift rule; use backprop, adjoint or finite-diff") from None
+    (frequencies,) = op.parameter_frequencies
     return _rule(frequencies)
 
 
