@@ -25,6 +25,7 @@ from lightning_modules.cli import COMMANDS, FAILURE, Parser, add_trust
 from lightning_modules.files import atomic_write
 from lightning_modules.guard import say_if_leaking
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.progress import following
 from pennylane_qattn import ATTENTION, causality
 from pennylane_qattn.extras import install
 
@@ -42,7 +43,8 @@ def certify(argv: list[str]) -> int:
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     try:
         target = find(options)
-        certificate = causality.certify(target.module, name=target.name, **asked)
+        with following(f"certifying {target.name}"):
+            certificate = causality.certify(target.module, name=target.name, **asked)
     except (MemoryError, RuntimeError, TypeError) as error:
         sizes = {name: value for name, value in vars(options).items() if name in SIZES or name in names[:5]}
         given = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_modules import progress
 from lightning_modules.checkpoints import resolve
 from lightning_modules.cli import COMMANDS, Parser, add_trust
 from lightning_modules.files import atomic_write
@@ -109,7 +110,8 @@ def export_qasm(argv: list[str]) -> None:
     inputs, origin = _vector(source, shown, options)
     version = next(v for v in VERSIONS if v.startswith(options.version))
     title = with_label(f"{options.checkpoint!a}, {shown}; {origin}", label_of(source.model))
-    files = programs(shown, inputs, version, title)
+    with progress.following("writing programs"):
+        files = programs(shown, inputs, version, title)
     for name, text in files.items():
         with atomic_write(Path(options.output) / name, "w") as file:
             file.write(text)
@@ -177,7 +179,8 @@ def resources(argv: list[str]) -> None:
     shots_for_confidence(options.accuracy, options.confidence)  # refuses wrong ones before the work
     source = source_of(options, all_attentions=True)
     tokens = options.batch_size * source.config.block_size
-    counted = {name: circuit_groups(attentions) for name, attentions in source.every_attention()}
+    every = progress.shown(list(source.every_attention()), "counting")
+    counted = {name: circuit_groups(attentions) for name, attentions in every}
     if options.json:
         print(json.dumps(_plain(source, counted, tokens, options), indent=1))
         return

@@ -413,6 +413,7 @@ def generate(argv: list[str]) -> int:
     from lightning_modules.executions import explain
     from lightning_modules.guard import say_if_leaking
     from lightning_modules.language_model import LanguageModel
+    from lightning_modules.progress import counting
 
     device = _device(options.device)
     model = LanguageModel.load_from_checkpoint(resolve(options.checkpoint), map_location=device)
@@ -428,7 +429,9 @@ def generate(argv: list[str]) -> int:
             print(piece, end="", flush=True)
         print()
         return 0
-    for number, text in enumerate(model.generate(prompts, **sampling)):
+    with counting("writing", options.max_new_tokens) as count:
+        texts = model.generate(prompts, on_token=count, **sampling)
+    for number, text in enumerate(texts):
         if len(prompts) > 1:
             prompt, sample = divmod(number, options.num_samples)
             print(f"--- prompt {prompt + 1}, sample {sample + 1} ---")

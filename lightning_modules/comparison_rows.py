@@ -15,6 +15,7 @@ from rich.console import Console
 from lightning_modules.cli import COMMANDS, Parser
 from lightning_modules.comparison_report import print_summary, write_comparison
 from lightning_modules.files import atomic_write, locked
+from lightning_modules.progress import following
 
 ROW, TUNING, TIMES, DESCRIPTION = "row.json", "tuning.json", "timing.json", "comparison.json"
 
@@ -103,7 +104,8 @@ def merge(argv: list[str]) -> None:
         found = list(found.values())
         timings = read_timings(output, found)
         print_summary(found, timings, Console(width=None if sys.stdout.isatty() else 100))
-        path = write_comparison(output, found, timings, title, notes)
+        with following("drawing the comparison"):
+            path = write_comparison(output, found, timings, title, notes)
     print(f"{len(found)} of {len(runs)} runs: {path}")
     if _are_missing(timings, found):
         print(

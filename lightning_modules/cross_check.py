@@ -22,6 +22,7 @@ from lightning_modules.data import Batch
 from lightning_modules.executions import executed, say
 from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel, cross_entropy
+from lightning_modules.progress import shown
 from lightning_modules.training_cli import TrainingCLI
 from pennylane_qattn import Execution
 from pennylane_qattn.execution import executors, with_circuits
@@ -150,7 +151,7 @@ def _losses(model: LanguageModel, execution: Execution, batches: Sequence[Batch]
     model.set_execution(execution)
     optimizer = torch.optim.AdamW(model.parameters(), model.optimisation.learning_rate)
     losses = []
-    for inputs, targets in batches:
+    for inputs, targets in shown(batches, "training"):
         loss = cross_entropy(model.gpt(inputs), targets)
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -167,7 +168,7 @@ def _evaluation(model: LanguageModel, batches: list[Batch], options: argparse.Na
     table = Table("executor", "cross-entropy", "minus folded", title=title)
     table.add_row("folded", f"{exact:.12f}", "")
     differences = []
-    for where in options.evaluate_on:
+    for where in shown(options.evaluate_on, "evaluating on devices"):
         value = _cross_entropy(model, where.execution(), chunk)
         table.add_row(where.device, f"{value:.12f}", f"{value - exact:.1e}")
         differences.append(abs(value - exact))
@@ -199,7 +200,7 @@ def _gradients(model: LanguageModel, batches: list[Batch], options: argparse.Nam
     )
     table.add_row("folded", "", *_shown(reference), "", "")
     counted = []
-    for where in options.gradients:
+    for where in shown(options.gradients, "gradients on devices"):
         angles, inputs = _gradient(model, where.execution(), window)
         method = model.plans[0].diff_method
         differences = [_difference(angles, reference), _difference(inputs, embedding)]

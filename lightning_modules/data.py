@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .corpora import load_corpus
+from .progress import following
 from .sources import Source
 from .tokenizers import TOKENIZERS, BPETokenizer, CharTokenizer, Tokenizer
 
@@ -280,8 +281,9 @@ class TextDataModule(L.LightningDataModule):
         texts = split_text(text, train_fraction, val_fraction, published_split)
         # A source has all its symbols in the vocabulary, also those too rare for a short text.
         characters = text + (self.corpus.source_model.symbols if self.corpus.source_model else "")
-        self.tokenizer = _build_tokenizer(tokenizer, characters, texts["training"], bpe_vocab_size)
-        tokens = {name: self._tokens(name, text) for name, text in texts.items()}
+        with following(f"tokenizing {self.corpus.name}"):
+            self.tokenizer = _build_tokenizer(tokenizer, characters, texts["training"], bpe_vocab_size)
+            tokens = {name: self._tokens(name, text) for name, text in texts.items()}
         self._check_lengths({name: len(split) for name, split in tokens.items()})
         self.splits = {name: self._windows(name, split) for name, split in tokens.items()}
         #: The language that the corpus was drawn from, with the ids of the tokenizer. None for other texts, and for

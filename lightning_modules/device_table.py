@@ -3,6 +3,7 @@
 Simulators of this machine are asked by running a circuit of a wire or two; other devices run nothing here.
 """
 
+import itertools
 import json
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.circuit_commands import add_source, command_parser, source_of
+from lightning_modules.progress import shown
 from pennylane_qattn import Circuit, Execution
 from pennylane_qattn.devices import LOCAL_SIMULATORS, PACKAGES, Runner, installed_devices
 from pennylane_qattn.execution import make_executor
@@ -104,7 +106,7 @@ def devices(argv: list[str]) -> int:
             raise ValueError(f"unknown device {name!r}; choose from {', '.join(known_devices())}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what plugins have to say is not the user's matter here
-        reports = [ask(name, kinds) for name in names]
+        reports = [ask(name, kinds) for name in shown(names, "asking devices")]
         tried = {kind.label: _try(kind, reports) for kind in kinds} if options.compared else {}
     folded = {kind.label: _folded(kind) for kind in kinds}
     if options.json:
@@ -188,7 +190,8 @@ def _samples(device: str) -> bool:
 
 def _try(kind: Kind, reports: Sequence[DeviceReport]) -> list[Comparison]:
     names = [report.name for report in reports if report.simulator and report.problem is None]
-    found = compare_gradients(kind.circuit, names, for_states=kind.for_states)
+    pairs = shown(list(itertools.product(names, METHODS)), f"trying {kind.label}")
+    found = [row for pair in pairs for row in compare_gradients(kind.circuit, *pair, for_states=kind.for_states)]
     return [row for row in found if row.outcome != "skipped"]
 
 

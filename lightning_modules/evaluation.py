@@ -7,7 +7,7 @@ changes; for any other this is what it is worth.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning_modules.data import Windows
 from lightning_modules.generation import generate
 from lightning_modules.language_model import LanguageModel, cross_entropy
 from lightning_modules.metrics import TextMetrics, continuation_metrics
+from lightning_modules.progress import counting, following, shown
 
 #: Windows evaluated at once.
 BATCH = 512
@@ -38,10 +39,14 @@ def evaluate(model: LanguageModel, windows: Windows, continuations: int = 128, t
     """
     metrics = TextMetrics(model.tokenizer).to(model.device)
     with torch.inference_mode():
-        for inputs, targets in _batches(windows, model.device):
+        for inputs, targets in _batches(windows, model.device, "evaluating"):
             metrics.update(model.gpt(inputs), targets)
-        values = metrics.compute()
-        prefix = torch.cat([prefix_losses(model, *batch) for batch in _batches(windows, model.device)]).mean(0)
+        with following("computing metrics"):
+            values = metrics.compute()
+        positions = math.ceil(len(windows) / BATCH) * windows.block_size
+        with counting("evaluating the past alone", positions) as count:
+            batches = _batches(windows, model.device)
+            prefix = torch.cat([prefix_losses(model, *batch, count) for batch in batches]).mean(0)
     per_position = values.pop("cross_entropy_per_position").reshape(-1)
     return {
         **{name: float(value) for name, value in values.items()},
@@ -57,17 +62,23 @@ def window_losses(model: LanguageModel, windows: Windows) -> Tensor:
     with torch.inference_mode():
         losses = [
             cross_entropy(model.gpt(inputs), targets, reduction="none").double().cpu()
-            for inputs, targets in _batches(windows, model.device)
+            for inputs, targets in _batches(windows, model.device, "evaluating")
         ]
     return torch.cat(losses)
 
 
-def prefix_losses(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy `(batch, T)` in nats of each target when the model is given the tokens before it only."""
-    columns = [
-        cross_entropy(model.gpt(inputs[:, : t + 1])[:, -1:], targets[:, t : t + 1], reduction="none")[:, 0]
-        for t in range(inputs.shape[1])
-    ]
+def prefix_losses(
+    model: LanguageModel, inputs: Tensor, targets: Tensor, on_position: Callable[[], object] = lambda: None
+) -> Tensor:
+    """Cross-entropy `(batch, T)` in nats of each target when the model is given the tokens before it only.
+
+    `on_position` is called after each of the T.
+    """
+    columns = []
+    for t in range(inputs.shape[1]):
+        logits = model.gpt(inputs[:, : t + 1])[:, -1:]
+        columns.append(cross_entropy(logits, targets[:, t : t + 1], reduction="none")[:, 0])
+        on_position()
     return torch.stack(columns, dim=1).double().cpu()
 
 
@@ -79,7 +90,8 @@ def continue_freely(model: LanguageModel, windows: Windows, count: int, temperat
     if not starts:
         return None
     prompts = [tokens[start : start + length] for start in starts]
-    written = generate(model.gpt, prompts, length, temperature=temperature)
+    with counting("continuing windows", length) as step:
+        written = generate(model.gpt, prompts, length, temperature=temperature, on_token=step)
     decode = model.tokenizer.decode
     references = [decode(tokens[start + length : start + 2 * length]) for start in starts]
     if not any(reference.strip() for reference in references):
@@ -90,12 +102,14 @@ def continue_freely(model: LanguageModel, windows: Windows, count: int, temperat
 def write_sample(model: LanguageModel, prompt: str, length: int, temperature: float) -> tuple[str, float]:
     """The prompt with `length` tokens that a model writes behind it, and how many characters a second it wrote."""
     begun = time.perf_counter()
-    (sample,) = model.generate([prompt], length, temperature=temperature, seed=0)
+    with counting("writing a sample", length) as count:
+        (sample,) = model.generate([prompt], length, temperature=temperature, seed=0, on_token=count)
     return sample, (len(sample) - len(prompt)) / (time.perf_counter() - begun)
 
 
-def _batches(windows: Windows, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for part in torch.arange(len(windows)).split(BATCH):
+def _batches(windows: Windows, device: torch.device, doing: str = "") -> Iterator[tuple[Tensor, Tensor]]:
+    parts = torch.arange(len(windows)).split(BATCH)
+    for part in shown(parts, doing) if doing else parts:
         inputs, targets = windows[part]
         yield inputs.to(device), targets.to(device)
 

@@ -23,6 +23,7 @@ from lightning_modules.comparison_report import print_summary, write_comparison
 from lightning_modules.comparison_rows import read_timings
 from lightning_modules.executions import say
 from lightning_modules.files import locked
+from lightning_modules.progress import following
 from lightning_modules.report import print_comparison, write_report
 from lightning_modules.study import Study
 from lightning_modules.training_cli import check_writable
@@ -120,11 +121,13 @@ def _compare(options: Namespace) -> None:
         if len(options.seeds) == 1:
             for run in runs:
                 console.print(Panel(Text(run.sample.strip("\n")), title=f"{run.title} writes", title_align="left"))
-        path = write_report(options.output, runs, options.title, notes=options.notes)
+        with following("drawing the report"):
+            path = write_report(options.output, runs, options.title, notes=options.notes)
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
     if len(rows) > len(options.mechanisms) or not study.is_shown_singly:
         print_summary(rows, timings, console)
-    path = write_comparison(options.output, rows, timings, options.title, options.notes)
+    with following("drawing the comparison"):
+        path = write_comparison(options.output, rows, timings, options.title, options.notes)
     console.print(f"comparison: {path}", highlight=False, soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lightning_modules import progress
 from lightning_modules.checkpoints import resolve
 from lightning_modules.circuit_commands import command_parser
 from lightning_modules.files import new_folder
@@ -28,7 +29,8 @@ def export_hf(argv: list[str]) -> None:
     path = resolve(options.checkpoint)
     model = LanguageModel.load_from_checkpoint(path)
     say_if_leaking(model, options.checkpoint)
-    with new_folder(options.output) as folder, pretrained.without_progress():
+    following = progress.following(f"writing {options.output}")
+    with following, new_folder(options.output) as folder, pretrained.without_progress():
         pretrained.to_transformers(model).save_pretrained(folder)
         fast_tokenizer(model.tokenizer).save_pretrained(folder)
         card = pretrained.model_card(model, path, Path(options.output).resolve().name)

@@ -17,6 +17,7 @@ from lightning_modules.data import Windows
 from lightning_modules.executions import say
 from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.progress import following
 from lightning_modules.training_cli import TrainingCLI, check_writable
 from pennylane_qattn import Grover
 from pennylane_qattn.extras import install
@@ -51,7 +52,8 @@ def grover(argv: list[str]) -> None:
         figures = {"sparsity.png": report.sparsity_figure(tables), "success.png": report.success_figure(tables)}
     console = Console(width=None if sys.stdout.isatty() else 120)
     report.print_sections(sections, console)
-    path = report.write_sections(folder, title, sections, figures)
+    with following("drawing"):
+        path = report.write_sections(folder, title, sections, figures)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 

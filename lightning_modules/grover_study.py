@@ -19,6 +19,7 @@ from lightning_modules.data import Windows
 from lightning_modules.evaluation import window_losses
 from lightning_modules.inspection import attentions_of
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.progress import shown
 from pennylane_qattn import AmplificationScore, Attention, GroverSparse
 from pennylane_qattn.grover.bounds import bounds_of_scores, goodness
 from pennylane_qattn.grover.estimate import estimates, to_plain
@@ -45,7 +46,7 @@ def query_counts(num_keys: Sequence[int], num_marked: Sequence[int], repeats: in
         seed: of their draws.
     """
     rows = []
-    for index, (n, k) in enumerate(itertools.product(num_keys, num_marked)):
+    for index, (n, k) in shown(list(enumerate(itertools.product(num_keys, num_marked))), "counting calls"):
         if k > n:
             continue
         counts = np.full(repeats, n), np.full(repeats, k)
@@ -145,7 +146,7 @@ def finder_costs(
 ) -> Table:
     """Inner products per row of everybody, on the same instances, with what building an index took."""
     table = []
-    for n in num_keys:
+    for n in shown(num_keys, "comparing with index and scan"):
         instance = random_instance(n, k, dim, tau, eta, rows, seed)
         truth = [set(row) for row in instance.planted.tolist()]
         for finder in finders(seed, with_index):
@@ -174,7 +175,7 @@ def causal_costs(n: int, share: float, seed: int, with_index: bool) -> Table:
     seen = (queries @ keys.T / 4)[np.tril(np.ones((n, n), dtype=bool))]
     tau = float(np.quantile(seen, 1 - share))
     table = []
-    for finder in finders(seed, with_index):
+    for finder in shown(finders(seed, with_index), "searching causal rows"):
         found = finder.above(rows, tau)
         table.append({"n": n, "share": share, "finder": finder.name, "calls": found.total, "keys": len(found.keys)})
     return table
@@ -183,7 +184,7 @@ def causal_costs(n: int, share: float, seed: int, with_index: bool) -> Table:
 def error_table(n: int, k: int, dim: int, tau: float, etas: Sequence[float], seed: int) -> Table:
     """Row errors of the sparse approximation beside their bounds, for backgrounds of 1, of 1 + x, and of 0."""
     table = []
-    for eta, order in itertools.product(etas, (1, 2)):
+    for eta, order in shown(list(itertools.product(etas, (1, 2))), "bounding errors"):
         if order == 2 and eta >= 1:
             continue
         instance = random_instance(n, k, dim, tau, eta, min(8, dim, n // k), seed)
@@ -212,7 +213,8 @@ def error_table(n: int, k: int, dim: int, tau: float, etas: Sequence[float], see
 
 def resource_table(num_keys: Sequence[int], dim: int, bits: int, k: int) -> Table:
     """Logical resources of one row's search, for each way to look a key up."""
-    found = (estimates(num_keys, dim, bits, num_marked=k, lookup=lookup) for lookup in ("qrom", "select-swap", "qram"))
+    lookups = shown(("qrom", "select-swap", "qram"), "estimating resources")
+    found = (estimates(num_keys, dim, bits, num_marked=k, lookup=lookup) for lookup in lookups)
     return [to_plain(one) for of_lookup in found for one in of_lookup]
 
 
@@ -279,14 +281,14 @@ def search_costs_of_model(
 ) -> Table:
     """What it costs to find the keys above the threshold in all causal rows of a layer, by everybody."""
     table = []
-    for layer, scores in enumerate(dot_product_scores(model, tokens), 1):
+    layers = list(enumerate(dot_product_scores(model, tokens), 1))
+    for (layer, scores), finder in shown(list(itertools.product(layers, finders(seed, with_index))), "searching rows"):
         at = float(visible_scores(scores).quantile(1 - share)) if tau is None else tau
         pairs = list(zip(scores.q.flatten(0, 1), scores.k.flatten(0, 1), strict=True))
-        for finder in finders(seed, with_index):
-            found = [finder.above(ScoreRows.from_vectors(q, k, scale=scores.scale), at) for q, k in pairs]
-            total = sum(each.total for each in found)
-            rows = sum(len(each.cost) for each in found)
-            table.append({"layer": layer, "finder": finder.name, "tau": at, "calls": total, "per_row": total / rows})
+        found = [finder.above(ScoreRows.from_vectors(q, k, scale=scores.scale), at) for q, k in pairs]
+        total = sum(each.total for each in found)
+        rows = sum(len(each.cost) for each in found)
+        table.append({"layer": layer, "finder": finder.name, "tau": at, "calls": total, "per_row": total / rows})
     return table
 
 
@@ -323,7 +325,7 @@ def _sparse_rows(model: LanguageModel, windows: Windows, options: Sequence[dict[
     exact = window_losses(model, windows)
     tokens = windows[torch.arange(min(64, len(windows)))][0]
     table = []
-    for option in options:
+    for option in shown(options, "evaluating sparse attention"):
         row: dict[str, Any] = {**option, "exact": float(exact.mean())}
         try:
             sparse = sparse_model(model, **option)

@@ -23,6 +23,7 @@ from lightning_modules.labels import LEAKS, label_of, leaks
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.loggers import set_label
 from lightning_modules.processes import is_sharded, of_all_processes
+from lightning_modules.progress import following
 from pennylane_qattn import causality
 
 
@@ -91,7 +92,8 @@ class CausalityGuard(Callback):
             NonCausalError: if it leaks, or comes from a checkpoint that does, and that is not allowed.
         """
         self._plain = None
-        certificate = self._certify(model, batch_size)
+        with following(f"certifying {_name(model)}"):
+            certificate = self._certify(model, batch_size)
         self._take(model, certificate, is_told=not show)
         self._stop_if_leaking("--allow-noncausal trains it all the same, under that label")
         return certificate

@@ -33,6 +33,7 @@ from lightning_modules.labels import with_label
 from lightning_modules.language_model import LanguageModel, cross_entropy
 from lightning_modules.loggers import LABEL
 from lightning_modules.noise_report import NOISES, Row, Summary, print_summary, sweep_picture
+from lightning_modules.progress import following, shown
 from lightning_modules.training_cli import TrainingCLI, check_writable
 from pennylane_qattn import CircuitFeatureMap, Execution, Noise
 from pennylane_qattn.execution import executors
@@ -68,14 +69,14 @@ def _sweep(options: argparse.Namespace, data_options: list[str]) -> None:
         table.begin()
         _write_json(folder, {"settings": settings})
         table.add(Row(cross_entropy=subject.exact, change=0.0))
-    for condition in left:
+    for condition in shown(left, "evaluating"):
         row = done[condition] = subject.evaluate(condition, options)
         table.add(row)
         say(f"{condition}: cross-entropy {row.cross_entropy:.5f}, {row.executions:,} executions, {row.seconds:.1f} s")
     summary = replace(Summary.of(subject.exact, [done[c] for c in plan]), label=subject.model.label)
     facts = _facts(subject, plan, needs, done)
     _write_json(folder, {"settings": settings, **facts, **summary.to_plain()})
-    with atomic_write(folder / f"{NAME}.png") as file:
+    with following("drawing"), atomic_write(folder / f"{NAME}.png") as file:
         file.write(sweep_picture(summary))
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     _print(console, subject, facts, summary)
@@ -276,7 +277,8 @@ class Subject:
         words: list[Tensor] = []
         hooks = [part.register_forward_hook(lambda _, __, out: words.append(out.flatten())) for part in self.first_maps]
         try:
-            found = [cross_entropy(self.model(inputs), targets, "none").mean(-1) for inputs, targets in self.batches]
+            batches = shown(self.batches, "evaluating")
+            found = [cross_entropy(self.model(inputs), targets, "none").mean(-1) for inputs, targets in batches]
         finally:
             for hook in hooks:
                 hook.remove()

@@ -1,19 +1,27 @@
 """How far a run is, and how long it still takes: bars on a terminal, lines of text elsewhere."""
 
+import contextlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
 from lightning_modules import labels
 
+Item = TypeVar("Item")
 #: Seconds between two lines on one thing.
 EVERY = 10.0
+#: Seconds between two looks of a bar at what is done, and before it appears: what is soon done needs none.
+LOOK, PATIENCE = 0.1, 0.5
 
 
 def duration(seconds: float) -> str:
@@ -45,6 +53,93 @@ class Pace:
         if done > self._done and done < total < math.inf:
             text += f", about {duration(seconds * (total - done) / (done - self._done))} left"
         return text
+
+
+# --- work outside of a Trainer ----------------------------------------------------------------------------------
+
+
+def shown(items: Sequence[Item], doing: str) -> Iterator[Item]:
+    """The items; while they are gone through, stderr says how many are done, as `following` has it."""
+    with counting(doing, len(items)) as count:
+        for item in items:
+            yield item
+            count()
+
+
+@contextlib.contextmanager
+def counting(doing: str, total: float) -> Iterator[Callable[..., None]]:
+    """As `following`; gives what is to be called after each step, as `on_token` of `generate`, with any arguments."""
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+
+    with following(doing, total, lambda: done):
+        yield count
+
+
+@contextlib.contextmanager
+def following(doing: str, total: float = math.inf, done: Callable[[], float] = lambda: 0) -> Iterator[None]:
+    """Within it stderr says how far something is: a bar on a terminal, gone at the end, elsewhere a line every `EVERY`.
+
+    One thing is followed at a time: within it the steps of a step say nothing, and neither does any process but the
+    first. stdout is left alone.
+
+    Args:
+        doing: what is done.
+        total: of how many steps; without it there is nothing to count, and no time left is told.
+        done: how many of them are done so far; it is asked by another thread.
+    """
+    if getattr(rank_zero_only, "rank", 0) or not _followed.acquire(blocking=False):
+        yield
+        return
+    over, pace = threading.Event(), Pace()
+    console = Console(stderr=True)
+    target = _draw if console.is_terminal else _print
+    teller = threading.Thread(target=target, args=(console, over, pace, doing, total, done), daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+        _followed.release()
+
+
+#: Held while something is followed.
+_followed = threading.Lock()
+
+
+def _draw(
+    console: Console, over: threading.Event, pace: Pace, doing: str, total: float, done: Callable[[], float]
+) -> None:
+    if over.wait(PATIENCE):
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}")
+    # whose bars would take what is meant for stdout to stderr
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+        text = labels.with_label(doing, labels.current())
+        task = bar.add_task(text, total=total if total < math.inf else None, said="")
+        while not over.wait(LOOK):
+            bar.update(task, completed=done(), said=_count(pace, total, done()))
+
+
+def _print(
+    console: Console, over: threading.Event, pace: Pace, doing: str, total: float, done: Callable[[], float]
+) -> None:
+    while not over.wait(EVERY):
+        text = f"{doing}: {_count(pace, total, done())}"
+        print(labels.with_label(text, labels.current()), file=sys.stderr, flush=True)
+
+
+def _count(pace: Pace, total: float, done: float) -> str:
+    """`3/8 (12 s, about 20 s left)`, or the seconds alone where nothing is counted."""
+    said = pace.say(done, total)
+    return f"{done:.0f}/{total:.0f} ({said})" if total < math.inf else said
+
+
+# --- within a Trainer -------------------------------------------------------------------------------------------
 
 
 class RichProgress(RichProgressBar):

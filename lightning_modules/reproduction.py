@@ -21,6 +21,7 @@ from lightning_modules.comparison_rows import read_rows, read_timings
 from lightning_modules.files import atomic_write
 from lightning_modules.labels import LEAKS
 from lightning_modules.metrics import describe_bleu
+from lightning_modules.progress import following
 from lightning_modules.timing import describe_spread
 from lightning_modules.variants import ROLES
 
@@ -56,7 +57,8 @@ def reproduce(argv: Sequence[str], config: str | Path, description: str | None =
         return
     rows = read_rows(Path(options.output))
     timings = read_timings(Path(options.output), rows)
-    page = write_page(Path(own.page or options.output), rows, next(iter(timings.values()), None))
+    with following("drawing the page"):
+        page = write_page(Path(own.page or options.output), rows, next(iter(timings.values()), None))
     print(f"page: {page}")
 
 

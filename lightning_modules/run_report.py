@@ -29,6 +29,7 @@ from lightning_modules.inspection import attention_maps, circuit_drawing
 from lightning_modules.labels import LEAKS
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.loggers import LABEL
+from lightning_modules.progress import following, shown
 from lightning_modules.report import HEADLINE_METRICS, PAGE, RunResult, print_comparison, write_page, write_report
 from lightning_modules.training_cli import check_writable
 
@@ -61,16 +62,17 @@ def report_of(folder: str | os.PathLike[str]) -> Path:
 
 
 def _write(options: Namespace, runs: Sequence["Run"]) -> tuple[list[RunResult], Path]:
-    results = [run.examine(options) for run in runs]
+    results = [run.examine(options) for run in shown(runs, "looking at runs")]
     notes = [*_cautions(runs, results), *(note for run in runs for note in run.notes)]
     for note in notes:
         say(note)
     about = "Metrics are those that each run has written; of which text, and at which step, is under Settings."
     title = options.title or (TITLE if len(runs) > 1 else f"Run {runs[0].name}")
     notes = [about, *notes]
-    if _is_of_one_run(options):
-        return results, write_page(runs[0].path, results[0], title, notes, hover=True)
-    return results, write_report(options.output or OUTPUT, results, title, notes, hover=True)
+    with following("drawing the report"):
+        if _is_of_one_run(options):
+            return results, write_page(runs[0].path, results[0], title, notes, hover=True)
+        return results, write_report(options.output or OUTPUT, results, title, notes, hover=True)
 
 
 def _is_of_one_run(options: Namespace) -> bool:

@@ -23,7 +23,7 @@ from lightning_modules import timing
 from lightning_modules.checkpoints import CHECKPOINTS, LAST
 from lightning_modules.comparison_report import write_rows
 from lightning_modules.executions import say
-from lightning_modules.progress import duration
+from lightning_modules.progress import duration, shown
 from lightning_modules.report import RunResult
 from lightning_modules.training_cli import TrainingCLI
 from lightning_modules.trust import OPTION
@@ -53,10 +53,11 @@ class Study:
         cells = [
             Cell(self, corpus, corpora[corpus], size, sizes[size]) for corpus, size in itertools.product(corpora, sizes)
         ]
-        self.units = [VariantRuns(cell, variant) for cell in cells for variant in cell.variants()]
+        named = shown(cells, "building variants")
+        self.units = [VariantRuns(cell, variant) for cell in named for variant in cell.variants()]
         index, count = map(int, (options.shard or "1/1").split("/"))
         self.own = self.units[index - 1 :: count]
-        for unit in self.own:
+        for unit in shown(self.own, "checking variants"):
             unit.check()
 
     @property
@@ -127,7 +128,8 @@ class Study:
 
     def examine(self) -> list[RunResult]:
         """Every run by itself."""
-        return [unit.examine(seed) for unit in self.units for seed in self.options.seeds]
+        runs = shown(list(itertools.product(self.units, self.options.seeds)), "looking at runs")
+        return [unit.examine(seed) for unit, seed in runs]
 
 
 @dataclass(eq=False)
@@ -215,7 +217,7 @@ class Cell:
         names = [unit.variant.name for unit in units]
         baseline = "classical" if "classical" in names else names[0]
         say(f"timing {len(units)} variants by turns{f' ({self})' if str(self) else ''}")
-        models = {unit.variant.name: unit.look() for unit in units}
+        models = {unit.variant.name: unit.look() for unit in shown(units, "building variants")}
         data = models[baseline].datamodule
         tokens = torch.randint(data.vocab_size, (data.batch_size, data.block_size + 1))
         functions: dict[str, dict[str, Any]] = {"inference": {}, "training": {}}
@@ -225,7 +227,10 @@ class Cell:
             functions["inference"][name] = lambda gpt=gpt: timing.inference(gpt, tokens)
             functions["training"][name] = lambda gpt=gpt, o=optimizer: timing.training_step(gpt, o, tokens)
         rounds = self.study.options.timing_rounds
-        ratios = {kind: timing.interleaved_ratios(each, baseline, rounds) for kind, each in functions.items()}
+        ratios = {
+            kind: timing.interleaved_ratios(each, baseline, shown(range(rounds), f"timing {kind}"))
+            for kind, each in functions.items()
+        }
         return {
             "machine": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),

@@ -23,6 +23,7 @@ from lightning_modules.inspection import attention_maps, circuit_drawing
 from lightning_modules.labels import LEAKS
 from lightning_modules.language_model import LanguageModel, batches_per_epoch, planned_steps
 from lightning_modules.metrics import Excess, below_optimum
+from lightning_modules.progress import following
 from lightning_modules.report import RunResult
 from lightning_modules.training_cli import TrainingCLI
 from lightning_modules.variants import Variant
@@ -270,7 +271,8 @@ class VariantRuns:
         data, variant = training.datamodule, self.variant
         _, windows = _windows(data, self.options.split)
         model = self.load(seed)
-        certificate = certify(model.gpt, name=variant.title, time_limit=TIME_LIMIT)
+        with following(f"certifying {variant.title}"):
+            certificate = certify(model.gpt, name=variant.title, time_limit=TIME_LIMIT)
         measured = evaluate(model, windows)
         optimum = _optimum(model, data, windows)
         verdict = LEAKS if model.label else certificate.verdict

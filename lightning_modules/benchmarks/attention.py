@@ -26,16 +26,15 @@ from lightning_modules.benchmarks.options import (
     name_on,
     positive,
     positive_number,
-    shown,
     spread_note,
     synchronize_of,
     two_or_more,
-    working,
 )
 from lightning_modules.benchmarks.result import Cell, Column, Result, Target
 from lightning_modules.gpt import GPT, PRESETS, GPTConfig, preset
 from lightning_modules.labels import LEAKS
 from lightning_modules.language_model import COMPILE_MODES
+from lightning_modules.progress import following, shown
 from lightning_modules.timing import activation_bytes, inference, interleaved_seconds, quotients, training_step
 from pennylane_qattn import ATTENTION, Mechanism
 
@@ -210,7 +209,7 @@ Memory = dict[str, int | None]
 
 def _memory(setup: Setup, model: GPT) -> tuple[Memory, list[str]]:
     """The bytes of a training step, and what is to be said of them."""
-    with working(f"{setup.mechanism.name}: peak memory"):
+    with following(f"{setup.mechanism.name}: peak memory"):
         peak, why_not = peak_bytes(setup)
     with setup.precision():  # what a compiled model keeps is not seen
         kept = None if setup.compile else activation_bytes(model, setup.tokens())
@@ -222,7 +221,7 @@ def _compiled(name: str, setup: Setup) -> GPT:
     """The model, which does what it would do without being compiled, where it is."""
     model = setup.model()
     if setup.compile:
-        with setup.precision(), working(f"{name}: compiling"):
+        with setup.precision(), following(f"{name}: compiling"):
             check_compiled(name, model, replace(setup, compile=None).model(), setup.tokens())
     return model
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_modules.benchmarks import machine
-from lightning_modules.benchmarks.options import add_common, name_on, positive, shown, spread_note, synchronize_of
+from lightning_modules.benchmarks.options import add_common, name_on, positive, spread_note, synchronize_of
 from lightning_modules.benchmarks.result import CheckFailed, Column, Result
 from lightning_modules.benchmarks.torchlayer import pair, plain_layer, refusal
+from lightning_modules.progress import shown
 from lightning_modules.timing import forward_and_backward, interleaved_seconds, quotients
 from pennylane_qattn import Circuit, CircuitLayer, Execution
 from pennylane_qattn.observables import draw_words

@@ -17,13 +17,13 @@ from lightning_modules.benchmarks.options import (
     mechanisms_of,
     name_on,
     positive,
-    shown,
     spread_note,
     synchronize_of,
 )
 from lightning_modules.benchmarks.result import CheckFailed, Column, Result, Target
 from lightning_modules.generation import generate, stream
 from lightning_modules.gpt import GPT, GPTConfig
+from lightning_modules.progress import shown
 from lightning_modules.timing import quotients, seconds_of
 from pennylane_qattn import ATTENTION
 

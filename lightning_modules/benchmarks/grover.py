@@ -13,12 +13,12 @@ from lightning_modules.benchmarks.options import (
     add_common,
     name_on,
     positive,
-    shown,
     spread_note,
     synchronize_of,
     two_or_more,
 )
 from lightning_modules.benchmarks.result import CheckFailed, Column, Result
+from lightning_modules.progress import shown
 from lightning_modules.timing import forward, forward_and_backward, interleaved_ratios
 from pennylane_qattn import Attention, LinearFeatureMap, ScaledDotScore, build_attention
 from pennylane_qattn.grover.sparse import SparseAttention

@@ -1,21 +1,15 @@
-"""What benchmarks share at the command line: options, mechanisms with options of their own, and a bar of progress."""
+"""What benchmarks share at the command line: options, and mechanisms with options of their own."""
 
 import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import track
-from rich.status import Status
 
 from lightning_modules.benchmarks.machine import DEVICES
 from lightning_modules.labels import LEAKS, with_label
 from pennylane_qattn import ATTENTION, Mechanism
 
-Item = TypeVar("Item")
 #: What the others are compared with.
 BASELINE = "classical"
 
@@ -110,17 +104,6 @@ def positive_number(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0; got {text}")
     return number
-
-
-def shown(items: Sequence[Item], doing: str) -> Iterable[Item]:
-    """The items, with a bar on a terminal that says how far it is, gone at the end."""
-    console = Console(stderr=True)
-    return track(items, doing, transient=True, console=console, disable=not console.is_terminal)
-
-
-def working(doing: str) -> Status:
-    """Within it a terminal says what is being done, where there are no steps to count."""
-    return Console(stderr=True).status(doing)
 
 
 def synchronize_of(device: str):

@@ -20,14 +20,13 @@ from lightning_modules.benchmarks.options import (
     name_on,
     positive,
     positive_number,
-    shown,
     spread_note,
     synchronize_of,
-    working,
 )
 from lightning_modules.benchmarks.references import kernels_left_out
 from lightning_modules.benchmarks.result import Cell, CheckFailed, Column, Result
 from lightning_modules.benchmarks.torchlayer import pair, plain_layer, refusal
+from lightning_modules.progress import following, shown
 from lightning_modules.timing import forward_and_backward, interleaved_seconds, quotients, seconds_of
 from pennylane_qattn import AmplitudeEncoding, Circuit, CircuitLayer, kernels
 from pennylane_qattn.observables import draw_words
@@ -160,7 +159,7 @@ def _result(features: int, options: argparse.Namespace) -> Result:
     for dtype in (torch.float64, torch.float32):  # what is timed comes last
         everyone = peers(circuit, options.pairs, options.device, dtype)
         refused, errors = check(everyone, inputs[:CHECKED].to(dtype))
-    with working(f"{circuit.num_wires} qubits: how many tokens a call may have"):
+    with following(f"{circuit.num_wires} qubits: how many tokens a call may have"):
         timed = {peer: inputs[: _tokens(peer, inputs, options)] for peer in everyone if peer not in refused}
     seconds = interleaved_seconds(
         {peer: lambda peer=peer, x=x: peer.run(x) for peer, x in timed.items()},

@@ -24,11 +24,11 @@ from lightning_modules.benchmarks.options import (
     name_on,
     positive,
     positive_number,
-    shown,
     synchronize_of,
     two_or_more,
 )
 from lightning_modules.benchmarks.result import Cell, Column, Result
+from lightning_modules.progress import shown
 from lightning_modules.timing import forward_and_backward, interleaved_seconds
 from pennylane_qattn import Attention
 from pennylane_qattn.features import PerHeadFeatureMap, circuit_within

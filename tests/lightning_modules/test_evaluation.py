@@ -62,7 +62,7 @@ def test_prefixes_one_by_one(model, windows):
 
 @pytest.mark.parametrize(("shift", "cer"), [(0, 0.0), (1, 0.1)])
 def test_continuations_are_compared_with_the_text(model, windows, monkeypatch, shift, cer):
-    def by_heart(gpt, prompts, count, temperature):
+    def by_heart(gpt, prompts, count, temperature, on_token):
         starts = [TEXT.index(model.tokenizer.decode(prompt)) + len(prompt) + shift for prompt in prompts]
         return [p + model.tokenizer.encode(TEXT[s : s + count]) for p, s in zip(prompts, starts, strict=True)]
 

@@ -1,8 +1,11 @@
 import math
+import re
+import time
 
 import lightning as L
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from lightning_modules import progress
@@ -108,3 +111,73 @@ def test_a_bar_that_is_disabled_is_silent(trainer, clock, capsys):
     trainer.progress_bar_callback.disable()
     trainer.fit(Model(clock), DATA)
     assert "step" not in capsys.readouterr().err
+
+
+# --- outside of a Trainer ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Lines and bars come at once, whatever the test that they are looked for in takes."""
+    for name in ("EVERY", "LOOK", "PATIENCE"):
+        monkeypatch.setattr(progress, name, 0.01)
+
+
+def wait_for(text, capsys):
+    """What stderr has said once the text is in it; stdout stays empty."""
+    said = ""
+    for _ in range(500):
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        said += captured.err
+        if text in said:
+            return said
+        time.sleep(0.01)
+    raise AssertionError(f"{text!r} is not in {said!r}")
+
+
+def test_steps_are_counted_where_no_terminal_is(hasty, capsys):
+    said = []
+    for step in progress.shown(["a", "b", "c"], "reading"):
+        said.append((step, wait_for(f"reading: {len(said)}/3 (", capsys)))
+    assert [step for step, _ in said] == ["a", "b", "c"]
+    assert "left)" not in said[0][1] and re.search(r"^reading: 1/3 \(0 s, about 0 s left\)$", said[1][1], re.MULTILINE)
+    assert not any("\x1b" in text for _, text in said)
+
+
+def test_what_has_no_steps_says_how_long_it_takes(hasty, capsys):
+    with progress.following("exporting"):
+        assert re.search(r"^exporting: 0 s$", wait_for("exporting: ", capsys), re.MULTILINE)
+
+
+def test_a_terminal_has_a_bar_that_goes(hasty, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "Console", lambda **options: Console(force_terminal=True, width=80, **options))
+    for step in progress.shown(range(2), "reading [x]"):
+        said = wait_for(f"{step}/2 (", capsys)
+        assert "reading [x]" in said
+    assert capsys.readouterr().err.endswith("\x1b[2K")  # the line is cleared
+
+
+def test_steps_of_steps_and_other_processes_say_nothing(hasty, capsys, monkeypatch):
+    with progress.following("outside"), progress.following("inside"):
+        assert "inside" not in wait_for("outside", capsys)
+    with progress.following("afterwards"):
+        wait_for("afterwards", capsys)
+    capsys.readouterr()
+    monkeypatch.setattr(progress.rank_zero_only, "rank", 1)
+    with progress.following("the second process"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_soon_done_says_nothing(capsys):
+    assert list(progress.shown([1, 2], "adding")) == [1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_ends_it(hasty, capsys):
+    with pytest.raises(ZeroDivisionError), progress.following("dividing"):
+        _ = 1 / 0
+    with progress.counting("afterwards", 2) as count:
+        count("whatever is handed over")
+        wait_for("afterwards: 1/2", capsys)
