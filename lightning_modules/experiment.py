@@ -141,7 +141,12 @@ def _parser() -> Parser:
     trust.add_option(parser)
     add("--title", type=str, default="Attention, compared", help="heading of the report")
     add("--output", type=str, default="runs/comparison", help="folder of the runs and the report")
-    add("--mechanisms", type=dict[str, Any], default={}, help="name: attention, as `model.attention` of `qattn fit`")
+    add(
+        "--mechanisms",
+        type=dict[str, Any],
+        default={},
+        help="name: attention, a name or a class, as `model.attention` of `qattn fit`",
+    )
     add(
         "--seeds", type=list[int], default=[0], help="one run of each mechanism per seed: of weights, words and batches"
     )

@@ -242,11 +242,17 @@ class Cell:
 
 
 def _config_of(mechanism: Any) -> Mapping[str, Any]:
-    """A mechanism as the config of `qattn fit` has it."""
+    """A mechanism as the config of `qattn fit` has it; a text is a name, or a class as `--model.attention` takes it."""
     if isinstance(mechanism, str):
-        cls = ATTENTION.lookup(mechanism)
-        mechanism = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+        is_class = "." in mechanism or mechanism in {cls.__name__ for cls in ATTENTION.values()}
+        if not is_class:
+            cls = ATTENTION.lookup(mechanism)
+            mechanism = f"{cls.__module__}.{cls.__qualname__}"
+        mechanism = {"class_path": mechanism}
     options = mechanism.get("init_args", {}) if isinstance(mechanism, Mapping) else None
     if not isinstance(options, Mapping) or "class_path" not in mechanism:
-        raise ValueError(f"a mechanism is a name or has a class_path, with init_args or without; got {mechanism!r}")
+        raise ValueError(
+            "a mechanism is a name, the path of a class, or has a class_path, with init_args or without; got "
+            f"{mechanism!r}"
+        )
     return mechanism

@@ -261,6 +261,20 @@ def test_a_comparison_hands_trust_on(tiny, capsys):
     assert Path("harm").exists()
 
 
+def test_a_comparison_takes_a_class_by_its_path_alone(refused, tiny):
+    small = ["--fit.data.corpus", tiny[1], "--fit.model", '{"num_layers": 1, "embed_dim": 4, "block_size": 5}']
+    compare = ["compare", "--dry_run", "true", *small, "--fit.trainer", '{"max_steps": 2, "val_check_interval": 1}']
+    comparison = [*compare, "--mechanisms", '{"a": "QISA", "b": "evil.Mechanism"}']
+    remedy = "'evil.Mechanism' is code from elsewhere, and importing it would run it; if you trust it, add --trust evil"
+    assert refused(*comparison).endswith(remedy)
+    assert_harmless()
+    assert cli.main([*comparison, "--trust", "evil"]) == 0
+    assert Path("harm").exists()
+    for wrong in ("evil.Mechanis", "evil.factory", "evil.a b", ".", ""):
+        line = refused(*compare, "--mechanisms", json.dumps({"a": wrong}), "--trust", "evil")
+        assert repr(wrong) in line or wrong.split(".")[-1] in line
+
+
 @pytest.mark.parametrize("value", ["evil", ["evil"]])
 def test_a_config_gives_no_trust(refused, tiny, value):
     content = {"trust": value, "trainer": {"callbacks": [{"class_path": "evil.Callback"}]}}
