@@ -217,7 +217,12 @@ def test_the_commands_with_code_of_ones_own_run(page, tmp_path):
         assert run.returncode == 0, f"{line}\n{run.stderr}"
 
 
-WITH_A_TEST_OF_THEIR_OWN = ("docs/start.md", "docs/your_own_attention.md", "docs/your_own_ansatz.md")
+WITH_A_TEST_OF_THEIR_OWN = (
+    "docs/start.md",
+    "docs/your_own_attention.md",
+    "docs/your_own_ansatz.md",
+    "docs/your_own_device.md",
+)
 #: Why a command of a page is not run here.
 NOT_RUN = {
     "--trainer.strategy ddp": "several processes: tests/cli/test_distributed.py runs them",
@@ -227,7 +232,6 @@ NOT_RUN = {
     "my_package": "stands for a module of the reader's",
     "hf:openai-community": "fetches a model from the Hub",
     "--pretrained gpt1-folder": "a folder of the reader's; test_begin_with_pretrained makes one",
-    "dense.qubit": "the device of that page, which its Python has made for its own process",
     "devices --try": "minutes; test_devices_command tries the devices that are there",
     "devices --preset gpt1": "minutes, for a model of the size of GPT-1; the table of a checkpoint is printed",
     "qattn grover": "minutes; tests/cli/test_grover.py has it at a small size",
@@ -300,6 +304,28 @@ def test_the_commands_of_a_page_run(page, beside_configs, capsys):
         training = [line for line in commands("README.md") if line.startswith("qattn fit ") and "--run" not in line]
         run_small(training, capsys)
     run_small(commands(page), capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_the_commands_with_a_device_of_ones_own_run(module, beside_configs, capsys):
+    """In the process that the page's Python has made the device for, on a run of its own."""
+    page = "docs/your_own_device.md"
+    *makes, (last_line, leaves) = blocks(page, "python")
+    lines = commands(page)
+    assert len(lines) >= 2 and not any(map(reason_not_to_run, lines))
+    model = "--model.num_layers 1 --model.num_heads 2 --model.embed_dim 6 --model.block_size 5 --trainer.max_steps 1"
+    data = "--data.corpus pydoc --data.batch_size 2 --data.eval_windows 4 --report false"
+    for line, code in makes:
+        run(code, line, vars(module), page)
+    try:
+        assert cli.main(["fit", "--run", "qisa-16", *model.split(), *data.split()]) == 0
+        run_small(lines, capsys)
+    finally:
+        run(leaves, last_line, vars(module), page)
+    said = capsys.readouterr().out
+    assert "dense.qubit" in said and "rounding" in said  # of the last one
 
 
 def test_what_is_not_run_is_still_on_a_page():
