@@ -139,6 +139,9 @@ def _gist(text: str) -> tuple[str, str]:
 
 def _plain(text: str) -> str:
     text = re.sub(r'in "<unicode string>", ', "in ", text)  # how PyYAML calls a config
+    text = re.sub(r"^File does not exist: (.*)$", r"there is no file \1; check the path", text.strip())
+    text = re.sub(r"^Path is not a file: (.*)$", r"\1 is a folder; name a file in it", text)
+    text = re.sub(r"^Unexpected import path format: (.*)$", r"'\1' is no import path; write it as in mine.Model", text)
     return " ".join(re.sub(r"^(Unable to load config .*)\n.*", r"\1", text, flags=re.DOTALL).split())
 
 

@@ -81,9 +81,9 @@ def draw(argv: list[str]) -> None:
     figure = circuit_figure(tape, options.angles)
     if label := label_of(source.model):
         figure.suptitle(label)
-    print(with_label(circuit_text(shown, tape, options.angles), label))
     with atomic_write(options.output) as file:
         figure.savefig(file, format=suffix, bbox_inches="tight")
+    print(with_label(circuit_text(shown, tape, options.angles), label))
     print(f"\npicture: {options.output}")
 
 

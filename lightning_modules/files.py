@@ -42,6 +42,8 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
     partial = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.part")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
+        if target.parent.is_file():  # of which mkdir would say that it is there already
+            raise NotADirectoryError(None, f"{str(target.parent)!r} is a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(None, "it is a folder")

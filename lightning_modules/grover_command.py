@@ -79,6 +79,8 @@ def _random(options: argparse.Namespace) -> tuple[dict, list[report.Section]]:
 
 def _model(options: argparse.Namespace) -> tuple[str, dict, list[report.Section]]:
     model, windows = _subject(options)
+    if options.keep and max(options.keep) > (longest := model.gpt.config.block_size):
+        raise ValueError(f"keep must be at most {longest}, the keys of the longest row; got {max(options.keep)}")
     tokens = windows[torch.arange(min(len(windows), options.searched))][0]
     tables: dict[str, list] = {}
     if isinstance(model.attention, Grover):

@@ -297,18 +297,21 @@ def _announce(
     plan: Sequence[Condition], left: Sequence[Condition], needs: dict[str, int], options: argparse.Namespace
 ) -> None:
     """Says what is to come; ValueError if that is more than may be."""
+    lines = []
     if len(left) < len(plan):
-        say(f"{len(plan) - len(left)} of {len(plan)} evaluations are there already, {len(left)} are left")
+        lines.append(f"{len(plan) - len(left)} of {len(plan)} evaluations are there already, {len(left)} are left")
     for device in dict.fromkeys(condition.execution(options).device for condition in left):
         chosen = [condition for condition in left if condition.execution(options).device == device]
         wanted = sum(needs[condition.kind] for condition in chosen)
-        say(f"{len(chosen)} evaluations on {device}, {wanted:,} executions at most")
+        lines.append(f"{len(chosen)} evaluations on {device}, {wanted:,} executions at most")
         limit = make_meter(Execution(device=device, max_executions=options.max_executions)).limit
         if limit is not None and wanted > limit:
             raise ValueError(
                 f"the sweep needs {wanted:,} executions on {device} and max_executions is {limit:,}; lower "
                 "repetitions or windows, or raise --max_executions"
             )
+    for line in lines:
+        say(line)
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -78,11 +78,13 @@ class Registry(dict[str, type[Described]], Generic[Described]):
             known = ", ".join(sorted(self))
             raise ValueError(f"{type(what).__name__} is no registered {self.kind}; register it, or choose from {known}")
         cls = self.lookup(what)
-        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         for option in options:
-            if option not in known:
-                listed = ", ".join(sorted(known)) or "none"
+            if option not in fields:
+                listed = ", ".join(sorted(fields)) or "none"
                 raise ValueError(f"{self.kind} {what!r} has no option {option!r}; its options: {listed}")
+            if isinstance(fields[option].default, bool) and not isinstance(options[option], bool):
+                raise ValueError(f"{option} must be true or false; got {options[option]!r}")
         try:
             return cls(**options)
         except TypeError as error:

@@ -1,7 +1,7 @@
 """What benchmarks share at the command line: options, and mechanisms with options of their own."""
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import yaml
@@ -71,10 +71,6 @@ def variant(text: str) -> Variant:
         except yaml.YAMLError:
             raise argparse.ArgumentTypeError(f"{key} is not a value: {value!r}") from None
     try:
-        for field in fields(ATTENTION.lookup(name)):
-            value = options.get(field.name, field.default)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{field.name} must be true or false; got {value!r}")
         return Variant(text, ATTENTION.build(name, **options))
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None

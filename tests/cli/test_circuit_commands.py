@@ -102,9 +102,11 @@ def test_draw_the_run_of_a_folder(say, model, tmp_path):
         (["--checkpoint", "x", "--attention", "qisa"], "leave --attention qisa out"),
         (["--checkpoint", "x", "--angles", "-1"], "decimals must be an integer of at least 0; got '-1'"),
         (["--preset", "gpt1", "--attention", "qisa", "--level", "gates"], "a picture holds 400 layers"),
+        (["--preset", "qisa-16", "--attention", "qisa", "--output", "a.txt/x.png"], "a.txt' is a file; name a file in"),
     ],
 )
 def test_bad_drawings(refused, options, message, tmp_path):
+    (tmp_path / "a.txt").touch()
     assert message in refused("draw", *options)
     assert not list(tmp_path.glob("*.png"))
 

@@ -65,6 +65,9 @@ def test_a_classical_and_a_grover_checkpoint(run, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["grover", "--checkpoint", run("qisa"), "--output", str(tmp_path / "b")]) == 2
     assert "no dot products" in capsys.readouterr().err
+    classical = ["--checkpoint", str(tmp_path / "classical"), "--keep", "2", "9", "--output", str(tmp_path / "b")]
+    assert cli.main(["grover", *classical]) == 2
+    assert "the keys of the longest row; got 9" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

@@ -533,7 +533,8 @@ def test_early_stopping_ends_a_run(fit):
         (["--run", ""], "run is empty; give a name, or leave it out"),
         *[([f"--{name}", "-2"], f"{name} must be ") for name in training_cli.LEAST],
         *[([f"--{name}", "0"], f"{name} must be ") for name, least in training_cli.LEAST.items() if least],
-        (["--config", "nope.yaml"], "File does not exist"),
+        (["--config", "nope.yaml"], "nope.yaml'; check the path"),
+        (["--config", "folder"], "folder' is a folder; name a file in it"),
         (["--config", "broken.yaml"], "config"),
         (["--config", "wrong.yaml"], "unknown option 'model.atention'; did you mean 'model.attention'?"),
         (["--modle.attention", "qisa"], "unknown option 'modle.attention'; did you mean 'model.attention'?"),
@@ -543,6 +544,7 @@ def test_early_stopping_ends_a_run(fit):
 )
 def test_bad_input(refused, tiny, tmp_path, options, message):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
     (tmp_path / "latin.txt").write_bytes("naïf".encode("latin-1"))
     (tmp_path / "broken.yaml").write_text("model:\n  - [a: 3\n")
     (tmp_path / "wrong.yaml").write_text("model:\n  atention: 3\n")

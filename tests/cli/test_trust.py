@@ -273,6 +273,8 @@ def test_a_comparison_takes_a_class_by_its_path_alone(refused, tiny):
     for wrong in ("evil.Mechanis", "evil.factory", "evil.a b", ".", ""):
         line = refused(*compare, "--mechanisms", json.dumps({"a": wrong}), "--trust", "evil")
         assert repr(wrong) in line or wrong.split(".")[-1] in line
+    line = refused(*compare, "--mechanisms", '{"a": "evil.a b"}', "--trust", "evil")
+    assert line.endswith("'evil.a b' is no import path; write it as in mine.Model")
 
 
 @pytest.mark.parametrize("value", ["evil", ["evil"]])

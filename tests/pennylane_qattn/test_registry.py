@@ -60,6 +60,7 @@ def test_names_stand_for_descriptions():
             lambda: ATTENTION.build("qisa", foo=1),
             "attention 'qisa' has no option 'foo'; its options: ansatz, bias",
         ),
+        (lambda: ATTENTION.build("qisa", split=3), "split must be true or false; got 3"),
         (lambda: ANSATZE.build("foo"), "unknown ansatz 'foo'"),
         (lambda: QISA(encoding="foo"), "unknown encoding 'foo'; choose from amplitude, angle"),
         (lambda: StronglyEntangling(layers=0), "layers must be an integer of at least 1; got 0"),
