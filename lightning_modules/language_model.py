@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_modules import checkpoints
+from lightning_modules.compiling import compile_in_place
 from lightning_modules.data import Batch
 from lightning_modules.generation import generate, stream
 from lightning_modules.gpt import GPT, GPTConfig, preset
@@ -202,7 +203,7 @@ class LanguageModel(L.LightningModule):
         self.train()  # a model from a checkpoint comes in evaluation mode, and Lightning leaves the mode alone
         if self.compile_training:
             mode = "default" if self.compile_training is True else self.compile_training
-            self.gpt.compile(mode=mode)  # in place, so that checkpoints have the names that they always have
+            compile_in_place(self.gpt, mode)
         self.total_steps = self.optimisation.schedule_steps or self._steps_of_the_run()
 
     def on_train_start(self) -> None:

@@ -185,8 +185,8 @@ def fused_attention(
     blind = ~visible.any(-1, keepdim=True) if visibility.may_be_blind else None
     if blind is not None:
         visible = visible | blind
-    # With one head Inductor may give the heads' axis a stride of 1, for which torch's CUDA kernels know no alignment; as the
-    # axis of the batch, of one sequence, it may have any.
+    # With one head Inductor may give the heads' axis a stride of 1, for which torch's CUDA kernels know no alignment;
+    # as the axis of the batch, of one sequence, it may have any.
     exchanged = q.shape[1] == 1 and torch.compiler.is_compiling()
     if exchanged:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.compiling import compile_in_place
 from lightning_modules.gpt import GPT, GPTConfig
 from pennylane_qattn import Mechanism
 
@@ -37,7 +38,7 @@ class Setup:
         torch.manual_seed(0)
         model = GPT(self.config, self.mechanism).to(self.device)
         if self.compile:
-            model.compile(mode=self.compile)
+            compile_in_place(model, self.compile)
         return model
 
     def tokens(self) -> Tensor:
