@@ -81,7 +81,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(abc|argparse|collections|os|pathlib|typing)\..*"),
     ("py:.*", r"(Tensor|ndarray|Float|Float64|Bool|Int|Int64|Complex|Num|Shaped)"),
     ("py:.*", r"(OpenAIGPTLMHeadModel|PreTrainedTokenizerFast)"),
-    ("py:.*", r"pennylane_qattn\.registry\.Described"),  # a type variable
+    ("py:.*", r"(pennylane_qattn\.registry\.Described|lightning_modules\.progress\.Item)"),  # type variables
     ("py:.*", r"(dict|list|tuple)\[.*"),
     ("py:.*", r"'.*'"),  # the axes in a type
     ("py:.*", r".*\._\w+"),  # private bases
