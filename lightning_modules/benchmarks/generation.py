@@ -34,6 +34,8 @@ CACHED = Target(1.2)
 #: Computing the window anew is to cost at least so many times as much, in a block of 256 tokens.
 RECOMPUTING = Target(20, at_least=True)
 BLOCK = 256
+#: Sizes that are usual here; others stand in the name of a result.
+SIZES = {"embed_dim": 64, "num_heads": 4, "num_layers": 4, "block": BLOCK, "batch": 1}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +43,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=9)
     add_mechanisms(parser)
     add = parser.add_argument
-    add("--embed_dim", type=positive, default=64, metavar="D", help="width of the embedding (default: %(default)s)")
-    add("--num_heads", type=positive, default=4, metavar="H", help="heads (default: %(default)s)")
-    add("--num_layers", type=positive, default=4, metavar="N", help="blocks (default: %(default)s)")
-    add("--block", type=positive, default=BLOCK, metavar="T", help="tokens of the window (default: %(default)s)")
-    add("--batch", type=positive, default=1, metavar="N", help="texts that are written at once (default: %(default)s)")
+    add("--embed_dim", type=positive, metavar="D", help="width of the embedding (default: %(default)s)")
+    add("--num_heads", type=positive, metavar="H", help="heads (default: %(default)s)")
+    add("--num_layers", type=positive, metavar="N", help="blocks (default: %(default)s)")
+    add("--block", type=positive, metavar="T", help="tokens of the window (default: %(default)s)")
+    add("--batch", type=positive, metavar="N", help="texts that are written at once (default: %(default)s)")
+    parser.set_defaults(**SIZES)
     add("--tokens", type=positive, default=16, metavar="N", help="the last N of the block are timed (default: 16)")
 
 
@@ -93,9 +96,10 @@ def run(options: argparse.Namespace) -> list[Result]:
             drawn=True,
         ),
     )
-    name = name_on("generate", options.device)
+    replaced = [f"{key}-{getattr(options, key)}" for key, usual in SIZES.items() if getattr(options, key) != usual]
+    name = name_on("-".join(["generate", *replaced]), options.device)
     described = machine.describe(options.device)
-    title = "A token of text"
+    title = f"A token of text, width {options.embed_dim}, {counted(options.batch, 'text')} at once"
     return [Result(name, title, setting, options.command_line, described, columns, tuple(rows), notes)]
 
 

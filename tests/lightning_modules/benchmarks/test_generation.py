@@ -14,7 +14,8 @@ TINY = ("generate", "--rounds", "2", "--embed_dim", "4", "--num_heads", "2", "--
 def test_tokens_at_the_end_of_the_block(run):
     status, out, err = run(*TINY, "--tokens", "3", "--batch", "2", "--mechanisms", "classical", "qisa")
     assert (status, err) == (0, "")
-    result = Result.read(run.folder / "generate.json")
+    result = Result.read(run.folder / "generate-embed_dim-4-num_heads-2-num_layers-1-block-7-batch-2.json")
+    assert result.title == "A token of text, width 4, 2 texts at once"
     for row in result.rows:
         assert all(len(row[key]) == 2 for key in ("milliseconds", "over_classical", "recomputing"))
     assert "tokens 5 to 7 of a block of 7, batch 2" in out
