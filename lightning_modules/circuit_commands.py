@@ -346,7 +346,11 @@ class CircuitSource:
             if self.model is not None:
                 yield name, iter(attentions_of(self.model.gpt))
             else:
-                yield name, (self._build(mechanism, layer) for layer in range(1, self.config.num_layers + 1))
+                yield name, self._layers(mechanism)
+
+    def _layers(self, mechanism: Mechanism) -> Iterator[Attention]:
+        for layer in range(1, self.config.num_layers + 1):
+            yield self._build(mechanism, layer)
 
     def _build(self, mechanism: Mechanism, layer: int) -> Attention:
         config = self.config

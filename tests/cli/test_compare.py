@@ -77,7 +77,10 @@ def trainer(**options):
         ({"mechanisms": {"a/b": "qisa"}}, "is a folder's name, without slashes; got 'a/b'"),
         ({"mechanisms": {"..": "qisa"}}, "is a folder's name, without slashes; got '..'"),
         ({"mechanisms": {"classical": "classical", "a": "foo"}}, "unknown attention 'foo'"),
-        ({"mechanisms": {"classical": "classical", "a": 3}}, "is a name or has a class_path, with init_args or"),
+        (
+            {"mechanisms": {"classical": "classical", "a": 3}},
+            "is a name, the path of a class, or has a class_path, with init_args or",
+        ),
         ({"mechanisms": {"classical": "classical", "a": {"class_path": "foo"}}}, "model.attention: expected a class"),
         ({"fit": "nowhere.yaml"}, "nowhere.yaml"),
         ({"fit": trainer(max_steps=0)}, "trainer.max_steps must be at least 1"),

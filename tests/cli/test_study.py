@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -331,8 +332,13 @@ def test_leaks_are_refused_or_labelled(write, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert reports(err) == 1
     budget = [" ".join(line.split()) for line in out.splitlines()]
-    assert any(line.startswith("copying LEAKS 2,616 1 4 ") for line in budget)
-    assert any(line.startswith("classical 2,655 1 4 ") for line in budget)
+    # how many parameters depends on the characters of the text, which Python's versions have in theirs
+    said = "\n".join(budget)
+    leaking, classical = (
+        re.search(r"^copying LEAKS ([\d,]+) 1 4 ", said, re.M),
+        re.search(r"^classical ([\d,]+) 1 4 ", said, re.M),
+    )
+    assert int(classical[1].replace(",", "")) - int(leaking[1].replace(",", "")) == 39
     rows = rows_of(tmp_path / "study")
     assert rows["copying"]["causality"] == "LEAKS" and rows["classical"]["causality"] == "causal"
     assert "LEAKS" in out

@@ -261,19 +261,22 @@ def test_a_comparison_hands_trust_on(tiny, capsys):
     assert Path("harm").exists()
 
 
-def test_a_comparison_takes_a_class_by_its_path_alone(refused, tiny):
+def test_a_comparison_takes_a_class_by_its_path_alone(refused, tiny, tmp_path, monkeypatch):
+    # of a name that no other test has trusted: what a process no longer trusts it never trusts again
+    (tmp_path / "evil_too.py").write_text(EVIL)
+    monkeypatch.delitem(sys.modules, "evil_too", raising=False)
     small = ["--fit.data.corpus", tiny[1], "--fit.model", '{"num_layers": 1, "embed_dim": 4, "block_size": 5}']
     compare = ["compare", "--dry_run", "true", *small, "--fit.trainer", '{"max_steps": 2, "val_check_interval": 1}']
-    comparison = [*compare, "--mechanisms", '{"a": "QISA", "b": "evil.Mechanism"}']
-    remedy = "'evil.Mechanism' is code from elsewhere, and importing it would run it; if you trust it, add --trust evil"
+    comparison = [*compare, "--mechanisms", '{"a": "QISA", "b": "evil_too.Mechanism"}']
+    remedy = "'evil_too.Mechanism' is code from elsewhere, and importing it would run it; if you trust it, add --trust evil_too"
     assert refused(*comparison).endswith(remedy)
     assert_harmless()
-    assert cli.main([*comparison, "--trust", "evil"]) == 0
+    assert cli.main([*comparison, "--trust", "evil_too"]) == 0
     assert Path("harm").exists()
-    for wrong in ("evil.Mechanis", "evil.factory", "evil.a b", ".", ""):
-        line = refused(*compare, "--mechanisms", json.dumps({"a": wrong}), "--trust", "evil")
+    for wrong in ("evil_too.Mechanis", "evil_too.factory", "evil_too.a b", ".", ""):
+        line = refused(*compare, "--mechanisms", json.dumps({"a": wrong}), "--trust", "evil_too")
         assert repr(wrong) in line or wrong.split(".")[-1] in line
-    line = refused(*compare, "--mechanisms", '{"a": "evil.a b"}', "--trust", "evil")
+    line = refused(*compare, "--mechanisms", '{"a": "evil.a b"}', "--trust", "evil_too")
     assert line.endswith("'evil.a b' is no import path; write it as in mine.Model")
 
 
