@@ -268,8 +268,8 @@ def test_a_comparison_takes_a_class_by_its_path_alone(refused, tiny, tmp_path, m
     small = ["--fit.data.corpus", tiny[1], "--fit.model", '{"num_layers": 1, "embed_dim": 4, "block_size": 5}']
     compare = ["compare", "--dry_run", "true", *small, "--fit.trainer", '{"max_steps": 2, "val_check_interval": 1}']
     comparison = [*compare, "--mechanisms", '{"a": "QISA", "b": "evil_too.Mechanism"}']
-    remedy = "'evil_too.Mechanism' is code from elsewhere, and importing it would run it; if you trust it, add --trust evil_too"
-    assert refused(*comparison).endswith(remedy)
+    line = refused(*comparison)
+    assert "'evil_too.Mechanism' is code from elsewhere" in line and line.endswith("add --trust evil_too")
     assert_harmless()
     assert cli.main([*comparison, "--trust", "evil_too"]) == 0
     assert Path("harm").exists()
