@@ -71,7 +71,7 @@ def licence(metadata: Message) -> str:
     """The licence that a distribution's metadata name, as an SPDX expression where that can be told."""
     if expression := metadata.get("License-Expression"):
         return expression
-    field = (metadata["License"] or "").strip()
+    field = (metadata.get("License") or "").strip()
     field = SPDX.get(field, field)
     if all(part in ACCEPTED for part in field.split(" AND ")):
         return field
