@@ -68,13 +68,14 @@ def test_results_of_one_title_are_told_apart_by_their_setting(result):
     assert headings == ["## Time", "## Time: 4,096 tokens, batch 1", "## Time, on GPU"]
 
 
-def test_the_page_of_the_documentation_is_made_of_the_results_beside_it():
+def test_the_page_of_the_documentation_is_made_of_the_results_beside_it(tmp_path):
     page = Path(__file__).parents[3] / "docs" / "benchmark.md"
-    results = sorted(read(page.with_suffix("")), key=lambda result: (result.name.startswith("generate"), result.name))
+    again = tmp_path / page.name
+    assert main(["page", "--results", str(page.with_suffix("")), "--output", str(again)]) == 0
     text = page.read_text(encoding="utf-8")
-    assert text_of(results, "benchmark") == text
+    assert again.read_text(encoding="utf-8") == text
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert len(set(headings)) == len(headings) == len(results)
+    assert len(set(headings)) == len(headings) == len(read(page.with_suffix("")))
 
 
 def test_the_page_can_be_made_again_from_what_lies_beside_it(written, tmp_path):
