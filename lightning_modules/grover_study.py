@@ -237,9 +237,9 @@ def attention_inputs(model: LanguageModel, tokens: Tensor) -> list[tuple[Attenti
 
 @torch.no_grad()
 def _projected(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Prepared queries and keys."""
+    """The two factors of the scores."""
     score = attention.score
-    return score.queries(attention.query_map(x)), score.keys(attention.key_map(x))
+    return score.sides(score.queries(attention.query_map(x)), score.keys(attention.key_map(x)))
 
 
 def dot_product_scores(model: LanguageModel, tokens: Tensor) -> Iterator[DotProductScores]:

@@ -177,6 +177,7 @@ def fused_attention(
     dropout: float,
 ) -> Float[Tensor, "batch heads queries features"]:
     """The weighted sum by torch's fused kernels, for scores that are dot products."""
+    q, k = score.sides(q, k)
     width = v.shape[-1]
     common = max(width, q.shape[-1])  # the kernels want one width for all three
     q, k, v = (F.pad(t, (0, common - t.shape[-1])) if t.shape[-1] < common else t for t in (q, k, v.to(q.dtype)))
@@ -340,15 +341,18 @@ class Attention(nn.Module):
         k, v, visibility = self._keys_and_values(x, key_padding_mask, position_ids, cache)
         dropout = self.dropout if self.training else 0.0
         # to pad every value that a cache holds would take longer than a single row of weights
-        is_row = visibility.queries == 1 and q.shape[-1] > v.shape[-1]
+        is_row = visibility.queries == 1 and (self.score.is_widened or q.shape[-1] > v.shape[-1])
+        is_plain = self._is_plain(visibility, dropout)
         num_weights = q.shape[0] * q.shape[1] * visibility.queries * visibility.keys
         is_small = is_transformed() or num_weights <= max_weights(x.device)  # no question of size in an export
         if not self._applies_weights_as_they_are:
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
             heads = self.applied(weights, visibility).to(v.dtype) @ v
+        elif is_plain and visibility.padding is None and self.score.has_kernel(q, k, v):
+            heads = structured_attention(self.score, q, k, v, visibility)
         elif self.score.is_dot_product and not is_row and (is_small or is_fused(x.device, dropout)):
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
-        elif self._can_be_structured(visibility, dropout) and (is_small or self.score.is_sparing):
+        elif is_plain and self.score.is_structured and (is_small or self.score.is_sparing):
             heads = structured_attention(self.score, q, k, v, visibility)
         elif is_small:
             heads = written_attention(self.score, q, k, v, visibility, dropout)
@@ -382,9 +386,9 @@ class Attention(nn.Module):
         """
         return weights
 
-    def _can_be_structured(self, visibility: Visibility, dropout: float) -> bool:
-        plain = visibility.is_in_order and visibility.queries > 0 and not dropout and not is_transformed()
-        return self.score.is_structured and plain and self._applies_weights_as_they_are
+    def _is_plain(self, visibility: Visibility, dropout: float) -> bool:
+        """Nothing is in the way of `Score.attend`."""
+        return visibility.is_in_order and visibility.queries > 0 and not dropout and not is_transformed()
 
     @property
     def _applies_weights_as_they_are(self) -> bool:

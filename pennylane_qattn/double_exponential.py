@@ -43,21 +43,29 @@ def keys_of(k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batc
     return augment(k, 1.0, -1.0, Layout(norm=1, ones=(0,), width=k.shape[-1] + 2))
 
 
+def negative_distances(
+    q: Float[Tensor, "batch heads queries features"], k: Float[Tensor, "batch heads keys features"]
+) -> Float[Tensor, "batch heads queries keys"]:
+    r""":math:`-\lVert q_i - k_j \rVert^2`."""
+    return queries_of(q) @ keys_of(k).transpose(-2, -1)
+
+
 def attend(
-    q: Float[Tensor, "batch heads queries prepared"],
-    k: Float[Tensor, "batch heads keys prepared"],
-    v: Float[Tensor, "batch heads keys features"],
+    q: Float[Tensor, "batch heads queries features"],
+    k: Float[Tensor, "batch heads keys features"],
+    v: Float[Tensor, "batch heads keys values"],
     is_causal: bool,
     visible: Bool[Tensor, "batch keys"] | None,
-) -> Float[Tensor, "batch heads queries features"]:
+) -> Float[Tensor, "batch heads queries values"]:
     """The weighted sums; a query that sees no key gives 0.
 
     Args:
-        q, k: `q @ k^T` is the negative squared distance; queries are the last of the keys.
+        q, k: queries and keys; queries are the last of the keys.
         v: values; 0 where nobody sees them.
         is_causal: a query sees no later key.
         visible: `False` for keys that nobody sees.
     """
+    q, k = queries_of(q), keys_of(k)
     if q.shape[2] == 1 and visible is None:  # generation: nothing is masked, and there is nothing to save
         weights = exponentials(q @ k.transpose(2, 3)).exp()
         return weights @ v / weights.sum(-1, keepdim=True)

@@ -55,14 +55,15 @@ def inlined(function: Callable) -> Callable:
     return function if numba is None else numba.njit(inline="always")(inspect.unwrap(function))
 
 
-def run(kernel: Callable, tokens: int, *arguments: Tensor | np.ndarray | int) -> None:
-    """Runs a kernel on all tokens, divided among as many threads as torch has.
+def run(kernel: Callable, number: int, *arguments: Tensor | np.ndarray | np.generic | int, each: int = 1) -> None:
+    """Runs a kernel on so many tokens, or sequences of `each` tokens, divided among as many threads as torch has.
 
     Each thread writes to its own tokens, so their number does not matter to the result.
     """
     plain = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
-    parts = max(1, min(torch.get_num_threads(), tokens // _SHARE))
-    edges = [tokens * part // parts // _STEP * _STEP for part in range(parts)] + [tokens]
+    parts = max(1, min(torch.get_num_threads(), number, number * each // _SHARE))
+    step = max(1, _STEP // each)
+    edges = [number * part // parts // step * step for part in range(parts)] + [number]
     others = [_threads(parts - 1).submit(kernel, *plain, *edges[i : i + 2]) for i in range(1, parts)]
     kernel(*plain, *edges[:2])
     for other in others:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from pennylane_qattn import double_exponential
+from pennylane_qattn import distance_attention, double_exponential
 from pennylane_qattn.augmentation import Layout, augment
 
 #: Fused attention kernels want query, key and value of one width that is a multiple of this.
@@ -25,7 +25,8 @@ class Score(nn.Module, ABC):
     `queries` and `keys` prepare each side by itself, so that a cache can hold prepared keys; `forward` compares.
 
     Attributes:
-        is_dot_product: `forward(q, k)` is `scale * q @ k^T` of the prepared sides, so fused attention may be used.
+        is_dot_product: `forward(q, k)` is `scale * a @ b^T` of `a, b = sides(q, k)`, so fused attention may be used.
+        is_widened: `sides` are wider than the prepared queries and keys.
         is_structured: rows have a structure that spares the matrix of weights (`grover/sparse_score.py`), so `attend`
             may be used.
         is_sparing: `attend` writes out nothing that grows with queries times keys, however many there are.
@@ -33,6 +34,7 @@ class Score(nn.Module, ABC):
     """
 
     is_dot_product: bool = False
+    is_widened: bool = False
     is_structured: bool = False
     is_sparing: bool = True
     scale: float = 1.0
@@ -51,6 +53,21 @@ class Score(nn.Module, ABC):
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]: ...
+
+    def sides(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> tuple[Float[Tensor, "batch heads queries side"], Float[Tensor, "batch heads keys side"]]:
+        """The two factors of the score, where `is_dot_product`: by default prepared queries and keys as they are."""
+        return q, k
+
+    def has_kernel(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+    ) -> bool:
+        """Whether `attend` has a kernel for these, with every key visible; it goes before all other ways then."""
+        return False
 
     def set_longest_row(self, block_size: int) -> None:
         """Learns how many keys a query may see at the most, once the attention is built; for scores that need it."""
@@ -126,7 +143,8 @@ class GaussianScore(Score):
     r""":math:`a_{ij} = -\beta \lVert q_i - k_j \rVert^2`, :math:`\beta > 0` learned per head.
 
     The softmax cancels :math:`\lVert q_i \rVert^2`, so this is the dot product of :math:`[2\beta q, 1]` with
-    :math:`[k, -\beta\lVert k\rVert^2]`, padded to an aligned width, and runs on fused attention. In half precision
+    :math:`[k, -\beta\lVert k\rVert^2]`, padded to an aligned width, and runs on fused attention, unless a kernel for
+    distances is faster. In half precision
     the norm is carried by two channels, high and low part, because one would lose its digits.
 
     Args:
@@ -136,6 +154,7 @@ class GaussianScore(Score):
     """
 
     is_dot_product = True
+    is_widened = True
 
     def __init__(self, num_heads: int, features: int, beta: float | None = None):
         super().__init__(num_heads, features)
@@ -149,16 +168,17 @@ class GaussianScore(Score):
         """The inverse temperature of each head."""
         return F.softplus(self.raw_beta)
 
-    def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        return augment(q, 2 * self.beta.to(q.dtype), 0.0, self._layout(q, norm=None, ones=(0, 1)))
-
-    def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
+    def sides(
+        self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
+    ) -> tuple[Float[Tensor, "batch heads queries side"], Float[Tensor, "batch heads keys side"]]:
+        beta = self.beta
+        near = augment(q, 2 * beta.to(q.dtype), 0.0, self._layout(q, norm=None, ones=(0, 1)))
         if k.dtype in (torch.float32, torch.float64):
-            return augment(k, 1.0, -self.beta.to(k.dtype), self._layout(k, norm=0, ones=()))
-        norm = -self.beta.float()[:, None, None] * k.float().square().sum(-1, keepdim=True)
+            return near, augment(k, 1.0, -beta.to(k.dtype), self._layout(k, norm=0, ones=()))
+        norm = -beta.float()[:, None, None] * k.float().square().sum(-1, keepdim=True)
         high = norm.to(k.dtype)
         ends = torch.cat((k, high, (norm - high.float()).to(k.dtype)), dim=-1)
-        return F.pad(ends, (0, self._layout(k, norm=0, ones=()).width - ends.shape[-1]))
+        return near, F.pad(ends, (0, self._layout(k, norm=0, ones=()).width - ends.shape[-1]))
 
     @staticmethod
     def _layout(x: Tensor, norm: int | None, ones: tuple[int, ...]) -> Layout:
@@ -168,7 +188,26 @@ class GaussianScore(Score):
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]:
+        q, k = self.sides(q, k)
         return q @ k.transpose(-2, -1)
+
+    def has_kernel(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+    ) -> bool:
+        return distance_attention.serve(q, k, v)
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+        visible: Bool[Tensor, "batch keys"] | None,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        return distance_attention.attend(q, k, v, self.beta, is_causal)
 
 
 class PublishedGaussianScore(Score):
@@ -181,16 +220,24 @@ class PublishedGaussianScore(Score):
     is_structured = True
 
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        return double_exponential.queries_of(_at_least_float32(q))
+        return _at_least_float32(q)
 
     def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        return double_exponential.keys_of(_at_least_float32(k))
+        return _at_least_float32(k)
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]:
         with torch.autocast(q.device.type, enabled=False):
-            return double_exponential.exponentials(q @ k.transpose(-2, -1))
+            return double_exponential.exponentials(double_exponential.negative_distances(q, k))
+
+    def has_kernel(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+    ) -> bool:
+        return distance_attention.serve(q, k, _at_least_float32(v))
 
     def attend(
         self,
@@ -200,6 +247,8 @@ class PublishedGaussianScore(Score):
         is_causal: bool,
         visible: Bool[Tensor, "batch keys"] | None,
     ) -> Float[Tensor, "batch heads queries features"]:
+        if visible is None and distance_attention.serve(q, k, v):
+            return distance_attention.attend(q, k, v, None, is_causal)
         return double_exponential.attend(q, k, v, is_causal, visible)
 
 

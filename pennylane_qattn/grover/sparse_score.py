@@ -89,6 +89,9 @@ class SparseScore(Score):
         if self.sparsity.support == "top" and self.sparsity.k > block_size:
             raise ValueError(f"k must be no more than the {block_size} keys of a row; got {self.sparsity.k}")
 
+    def has_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        return False  # that of the dense score is not this one
+
     def operator(
         self,
         q: Float[Tensor, "batch heads queries prepared"],
@@ -98,7 +101,9 @@ class SparseScore(Score):
     ) -> SparseAttention:
         """The structured operator of prepared queries and keys."""
         shown = None if visible is None else visible[:, None].expand(-1, q.shape[1], -1)
-        return self.sparsity.operator(DotProductScores(q, k, self.scale, is_causal=is_causal, visible=shown))
+        return self.sparsity.operator(
+            DotProductScores(*self.sides(q, k), self.scale, is_causal=is_causal, visible=shown)
+        )
 
     def attend(
         self,

@@ -98,7 +98,7 @@ class DotProductScores(ScoreMatrix):
     r""":math:`s_{ij} = \mathrm{scale} \cdot q_i \cdot k_j`, kept as its two factors.
 
     Args:
-        q, k: prepared queries and keys, as `Score.queries` and `Score.keys` give them.
+        q, k: its two factors, as `Score.sides` gives them.
         scale: by default :math:`1/\sqrt{d}`.
         is_causal: a query sees no later key.
         visible: `False` for keys that nobody sees.

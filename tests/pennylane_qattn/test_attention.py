@@ -4,7 +4,15 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 
-from pennylane_qattn import ATTENTION, GaussianScore, ScaledDotScore, attention, build_attention, double_exponential
+from pennylane_qattn import (
+    ATTENTION,
+    GaussianScore,
+    ScaledDotScore,
+    attention,
+    build_attention,
+    distance_attention,
+    double_exponential,
+)
 from pennylane_qattn.attention import KeyValueCache, Visibility, attention_weights, fused_attention
 from pennylane_qattn.grover import support
 
@@ -84,6 +92,7 @@ def test_blocks_of_rows_equal_weights(name, structured, case, rng, monkeypatch):
             return torch.cat([layer(x[:, :3], cache=cache), layer(x[:, 3:], cache=cache)], dim=1)
         return layer(x, **options)
 
+    monkeypatch.setattr(distance_attention, "serve", lambda q, k, v: False)
     found = []
     for most in (2**24, 100):
         monkeypatch.setattr(attention, "MAX_WEIGHTS", {"cpu": most})
@@ -103,6 +112,7 @@ def test_no_matrix_of_weights(name, dropout, rng, monkeypatch):
     monkeypatch.setattr(attention, "MAX_WEIGHTS", {"cpu": 2**16})
     monkeypatch.setattr(double_exponential, "BLOCK_ELEMENTS", {"cpu": 2**16})
     monkeypatch.setattr(support, "SCORE_ELEMENTS", 2**16)
+    monkeypatch.setattr(distance_attention, "serve", lambda q, k, v: False)
     tokens = 700
     layer = build_attention(name, 8, 1, tokens, dropout=dropout)
     x = torch.randn(1, tokens, 8, generator=rng).requires_grad_()

@@ -42,7 +42,7 @@ def test_blocks_give_the_formula(case, is_causal, block, dtype, close, rng, monk
     upstream = torch.randn(3, 2, q.shape[2], 4, dtype=dtype, generator=rng)
     expected = formula(q, k, v, is_causal, visible)
     wanted = torch.autograd.grad((expected * upstream).sum(), (q, k, v))
-    ours = attend(queries_of(q), keys_of(k), v, is_causal, visible)
+    ours = attend(q, k, v, is_causal, visible)
     close(ours, expected.detach(), factor=10)
     for gradient, other in zip(torch.autograd.grad((ours * upstream).sum(), (q, k, v)), wanted, strict=True):
         close(gradient, other, factor=100)
@@ -54,7 +54,7 @@ def test_derivatives(rng):
     q, k, v = problem(torch.float64, rng, queries=3, keys=4)
 
     def whole(q, k, v):
-        return attend(queries_of(q), keys_of(k), v, True, None)
+        return attend(q, k, v, True, None)
 
     assert torch.autograd.gradcheck(whole, (q, k, v))
     assert torch.autograd.gradgradcheck(whole, (q, k, v))
@@ -77,17 +77,17 @@ def test_prepared_sides(switch, dtype, close, rng, monkeypatch):
 def test_far_keys_leave_no_subnormal_gradients(rng):
     """They are ten times slower to multiply, and there were millions of them at 128 features."""
     q, k, v = (torch.randn(2, 1, 6, 128, generator=rng).requires_grad_() for _ in range(3))
-    attend(queries_of(q), keys_of(k), v, True, None).square().sum().backward()
+    attend(q, k, v, True, None).square().sum().backward()
     for gradient in (q.grad, k.grad):
         assert ((gradient == 0) | (gradient.abs() > torch.finfo(torch.float32).tiny)).all()
-    assert (attend(queries_of(q), keys_of(k), v, True, None)[:, :, 0] == v[:, :, 0]).all()
+    assert (attend(q, k, v, True, None)[:, :, 0] == v[:, :, 0]).all()
 
 
 def test_what_is_no_number_stays_so(rng):
     q, k, v = problem(torch.float32, rng)
     k = k.detach().clone()
     k[0, 0, 2] = float("nan")
-    out = attend(queries_of(q), keys_of(k), v, True, None)
+    out = attend(q, k, v, True, None)
     assert out[0, 0, 2:].isnan().all() and out[0, 0, :2].isfinite().all() and out[1:].isfinite().all()
 
 

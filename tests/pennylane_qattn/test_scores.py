@@ -43,10 +43,10 @@ def test_gaussian_in_half_precision_keeps_the_norm(rng):
     q, k = (t.bfloat16() for t in sides(torch.float32, rng))
     k = k + 8  # a large common norm is what loses digits
     score = GaussianScore(3, 5, beta=0.7)
-    keys = score.keys(k)
+    queries, keys = score.sides(q, k)
     norm = -0.7 * k.float().square().sum(-1)
     carried = keys[..., 5].float() + keys[..., 6].float()
-    assert keys.dtype == torch.bfloat16 and score.queries(q).dtype == torch.bfloat16
+    assert keys.dtype == torch.bfloat16 and queries.dtype == torch.bfloat16
     assert ((carried - norm) / norm).abs().max() < 2**-15
     assert ((keys[..., 5].float() - norm) / norm).abs().max() > 2**-12
 
@@ -64,7 +64,7 @@ def test_overlap(is_complex, dtype, close, rng):
 def test_fused_scores_are_padded_to_an_aligned_width(rng):
     q, k = sides(torch.float32, rng)
     score = GaussianScore(3, 5)
-    assert score.queries(q).shape[-1] == score.keys(k).shape[-1] == 8
+    assert [side.shape[-1] for side in score.sides(q, k)] == [8, 8]
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])

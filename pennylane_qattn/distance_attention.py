@@ -1,0 +1,168 @@
+r"""Attention by distances, :math:`w_{ij} \propto \exp a_{ij}` with :math:`a_{ij} = \exp(-\lVert q_i - k_j \rVert^2)` or
+:math:`-\beta \lVert q_i - k_j \rVert^2`, by kernels of the CPU: in one pass, and nothing is made of queries times keys.
+
+The first is the score of QISA (arXiv 2603.03318) and QSANN (arXiv 2205.05625), the second that of `GaussianScore`.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pennylane_qattn import kernels
+from pennylane_qattn.distance_kernels import attend_backward, attend_forward, attend_one
+from pennylane_qattn.double_exponential import LEAST, exponentials, negative_distances
+from pennylane_qattn.transforms import is_batched
+
+#: Numbers of keys and values of a sequence that the cache holds; of more, products of matrices are faster.
+MOST_NUMBERS = 2**17
+
+
+def serve(
+    q: Float[Tensor, "batch heads queries features"],
+    k: Float[Tensor, "batch heads keys features"],
+    v: Float[Tensor, "batch heads keys values"],
+) -> bool:
+    """Whether kernels are there for these, and the fastest way: for a single query always, else for short sequences."""
+    if not kernels.serve(q, k, v) or not q.dtype == k.dtype == v.dtype:
+        return False
+    return q.shape[2] == 1 or k.shape[2] * (k.shape[3] + v.shape[3]) <= MOST_NUMBERS
+
+
+def attend(
+    q: Float[Tensor, "batch heads queries features"],
+    k: Float[Tensor, "batch heads keys features"],
+    v: Float[Tensor, "batch heads keys values"],
+    beta: Float[Tensor, " heads"] | None,
+    is_causal: bool,
+) -> Float[Tensor, "batch heads queries values"]:
+    """The weighted sums.
+
+    Args:
+        q, k, v: queries, keys and values that `serve` is true of; queries are the last of the keys.
+        beta: of each head; `None` for the published exponents.
+        is_causal: a query sees no later key.
+    """
+    if beta is not None:
+        beta = beta.to(q.dtype)
+    if q.shape[2] == 1 and not torch.is_grad_enabled():
+        return _of_one(q, k, v, beta)
+    return _Attend.apply(q, k, v, beta, is_causal)
+
+
+def plain_attend(
+    q: Float[Tensor, "batch heads queries features"],
+    k: Float[Tensor, "batch heads keys features"],
+    v: Float[Tensor, "batch heads keys values"],
+    beta: Float[Tensor, " heads"] | None,
+    is_causal: bool,
+) -> Float[Tensor, "batch heads queries values"]:
+    """The same in operations of torch."""
+    return _plain_weights(q, k, beta, is_causal) @ v
+
+
+def _plain_weights(q: Tensor, k: Tensor, beta: Tensor | None, is_causal: bool) -> Tensor:
+    distances = negative_distances(q, k)
+    exponents = exponentials(distances) if beta is None else beta[:, None, None] * distances
+    if is_causal:
+        seen = torch.ones(exponents.shape[-2:], dtype=torch.bool, device=q.device)
+        exponents = exponents.masked_fill(~seen.tril(k.shape[2] - q.shape[2]), float("-inf"))
+    return exponents.softmax(-1)
+
+
+def _plain_gradients(q, k, v, beta, is_causal, upstream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The derivatives in operations that are differentiable themselves, and take many gradients at once."""
+    weights, distances = _plain_weights(q, k, beta, is_causal), negative_distances(q, k)
+    slopes = upstream @ v.transpose(2, 3)
+    slopes = (slopes - (upstream * (weights @ v)).sum(-1, keepdim=True)) * weights
+    by_beta = None if beta is None else (slopes * distances).sum((0, 2, 3))
+    slopes = slopes * (exponentials(distances) if beta is None else beta[:, None, None])
+    by_q = 2 * (slopes @ k - slopes.sum(-1, keepdim=True) * q)
+    by_k = 2 * (slopes.transpose(2, 3) @ q - slopes.transpose(2, 3).sum(-1, keepdim=True) * k)
+    return by_q, by_k, weights.transpose(2, 3) @ upstream, by_beta
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, is_causal: bool) -> Tensor:
+        out = _empty_for(q, v)
+        logarithms = q.new_empty(q.shape[0] * q.shape[1], q.shape[2])
+        if out.numel():
+            rows, steps = _rows(q, k, v, out)
+            arguments = (*rows, logarithms, _sizes(q, k), steps, *_exponents(q, beta), is_causal, _least(q))
+            kernels.run(attend_forward, len(logarithms), *arguments, each=q.shape[2])
+        ctx.save_for_backward(q, k, v, beta, out, logarithms)
+        ctx.is_causal = is_causal
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, out, logarithms = ctx.saved_tensors
+        with torch.autocast(upstream.device.type, enabled=False):
+            if torch.is_grad_enabled() or is_batched(upstream):
+                return *_plain_gradients(q, k, v, beta, ctx.is_causal, upstream), None
+            by_q, by_k, by_v = (_empty_like(t) for t in (q, k, v))
+            by_beta = q.new_zeros(len(logarithms))
+            if upstream.numel():
+                rows, steps = _rows(q, k, v, out, upstream.resolve_neg(), by_q, by_k, by_v)
+                factors = _exponents(q, beta)
+                arguments = (*rows, logarithms, by_beta, _sizes(q, k), steps, *factors, ctx.is_causal, _least(q))
+                kernels.run(attend_backward, len(logarithms), *arguments, each=q.shape[2])
+        return by_q, by_k, by_v, None if beta is None else by_beta.view(q.shape[:2]).sum(0), None
+
+
+def _of_one(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
+    out = _empty_for(q, v)
+    if out.numel():
+        rows, steps = _rows(q, k, v, out)
+        arguments = (*rows, _sizes(q, k), steps, *_exponents(q, beta), _least(q))
+        kernels.run(attend_one, q.shape[0] * q.shape[1], *arguments, each=k.shape[2])
+    return out
+
+
+# --- what kernels read ----------------------------------------------------------------------------------------------
+
+
+def _empty_for(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the result, heads of a token beside one another, as the output projection reads them."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """Room in the tensor's own order of axes, the features last, so that `_rows` makes no copy of it."""
+    return torch.empty_like(
+        tensor, memory_format=torch.preserve_format if tensor.stride(3) == 1 else torch.contiguous_format
+    )
+
+
+def _sizes(q: Tensor, k: Tensor) -> np.ndarray:
+    return np.array([q.shape[1], q.shape[2], k.shape[2]])
+
+
+def _exponents(q: Tensor, beta: Tensor | None) -> tuple[Any, bool]:
+    return (q.new_ones(q.shape[1]) if beta is None else beta), beta is None
+
+
+def _least(q: Tensor) -> np.floating:
+    return np.dtype(str(q.dtype).removeprefix("torch.")).type(LEAST[q.dtype])
+
+
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], np.ndarray]:
+    """Each tensor as an array of rows, and how many lie between one batch, head and token and the next."""
+    rows, steps = [], np.empty((len(tensors), 3), np.int64)
+    for tensor, step in zip(tensors, steps, strict=True):
+        array, step[:] = _as_rows(tensor)
+        rows.append(array)
+    return rows, steps
+
+
+def _as_rows(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    width, sizes = tensor.shape[3], tensor.shape[:3]
+    steps = [0 if size == 1 else stride for size, stride in zip(sizes, tensor.stride()[:3], strict=True)]
+    if (width > 1 and tensor.stride(3) != 1) or any(step % width for step in steps):
+        return _as_rows(tensor.contiguous())
+    steps = [step // width for step in steps]
+    number = 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    return tensor.detach().as_strided((number, width), (width, 1)), steps
