@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pennylane_qattn.kernels import SWITCH
 from pennylane_qattn.transforms import is_plain, is_transformed, ordinary_mode
-from pennylane_qattn.word_kernels import Terms, WordTable
+from pennylane_qattn.word_tables import Terms, WordTable
 
 try:
     import triton
@@ -310,7 +310,7 @@ def augment_backward(
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums of products one after the other, those of all heads; `word_kernels.Terms` on the device."""
+    """Sums of products one after the other, those of all heads; `word_tables.Terms` on the device."""
 
     starts: Tensor
     left: Tensor

@@ -1,6 +1,6 @@
 r"""Pauli words of many states in plain operations of torch, for calls that `torch.compile` compiles for a GPU.
 
-The sums of `word_kernels.py`, read by gathers: a compiler makes one kernel of it, which writes no product. The gradient
+The sums of `word_tables.py`, read by gathers: a compiler makes one kernel of it, which writes no product. The gradient
 is the formula of that module too, since the derivative that autograd has of a gather adds up in no fixed order.
 """
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pennylane_qattn.word_kernels import Terms, WordTable
+from pennylane_qattn.word_tables import Terms, WordTable
 
 
 @dataclass(frozen=True)

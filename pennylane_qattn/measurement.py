@@ -16,7 +16,8 @@ from pennylane_qattn import cuda_kernels, kernels
 from pennylane_qattn.fused_words import FusedWords
 from pennylane_qattn.observables import group_words
 from pennylane_qattn.transforms import is_batched, ordinary_mode
-from pennylane_qattn.word_kernels import WordTable, WordTables, measure, measure_backward
+from pennylane_qattn.word_kernels import WordPairs, measure, measure_backward
+from pennylane_qattn.word_tables import WordTable
 
 #: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
 BLOCK_ELEMENTS = 2**18
@@ -43,7 +44,8 @@ class WordMeasurement:
 
     def __init__(self, words: Sequence[Sequence[str]], is_complex: bool):
         self.words, self.is_complex = [tuple(head) for head in words], is_complex
-        self._tables: dict[torch.dtype, WordTables] = {}
+        self._pairs: dict[torch.dtype, WordPairs] = {}
+        self._tables: dict[torch.dtype, list[WordTable]] = {}
         self._on_devices: dict[tuple[torch.dtype, torch.device], cuda_kernels.DeviceWords] = {}
         self._fused: dict[tuple[torch.dtype, torch.device], FusedWords] = {}
         self._distinct = max(len(set(head)) for head in self.words)
@@ -55,11 +57,12 @@ class WordMeasurement:
             with ordinary_mode():
                 like, rows = torch.empty(0, dtype=dtype, device=device), 2 ** len(self.words[0][0])
                 rows = 2 * rows if self.is_complex else rows
-                self._fused[dtype, device] = FusedWords(self._of(dtype).heads, rows, like)
+                self._fused[dtype, device] = FusedWords(self.tables(dtype), rows, like)
             self._count_settings()
 
     def keep_only(self, dtype: torch.dtype, device: torch.device) -> None:
         """Lets go of tables of other precisions and devices."""
+        self._pairs = {of: pairs for of, pairs in self._pairs.items() if of == dtype}
         self._tables = {of: tables for of, tables in self._tables.items() if of == dtype}
         self._on_devices = {of: words for of, words in self._on_devices.items() if of == (dtype, device)}
         self._fused = {of: words for of, words in self._fused.items() if of == (dtype, device)}
@@ -92,59 +95,61 @@ class WordMeasurement:
         """
         if torch.compiler.is_dynamo_compiling():
             return self._fused[a.dtype, a.device](rows @ a.transpose(1, 2))
-        tables = self._of(a.dtype)
         if not cuda_kernels.serve(a):
-            return _Measure.apply(a, rows, tables)
+            if a.dtype not in self._pairs:
+                self._pairs[a.dtype] = WordPairs.of(self.words, self.is_complex, _numpy_dtype(a.dtype))
+            return _Measure.apply(a, rows, self._pairs[a.dtype], self)
         if (a.dtype, a.device) not in self._on_devices:
-            self._on_devices[a.dtype, a.device] = cuda_kernels.DeviceWords(tables.heads, a)
-        return _MeasureOnDevice.apply(a, rows, tables, self._on_devices[a.dtype, a.device])
+            self._on_devices[a.dtype, a.device] = cuda_kernels.DeviceWords(self.tables(a.dtype), a)
+        return _MeasureOnDevice.apply(a, rows, self._on_devices[a.dtype, a.device], self)
 
-    def _of(self, dtype: torch.dtype) -> WordTables:
+    def tables(self, dtype: torch.dtype) -> list[WordTable]:
+        """The terms of each head's words."""
         if dtype not in self._tables:
-            number = np.dtype(str(dtype).removeprefix("torch."))
-            self._tables[dtype] = WordTables.of(self.words, self.is_complex, number)
+            self._tables[dtype] = [WordTable.of(head, self.is_complex, _numpy_dtype(dtype)) for head in self.words]
         return self._tables[dtype]
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    return np.dtype(str(dtype).removeprefix("torch."))
 
 
 class _Measure(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a: Tensor, rows: Tensor, tables: WordTables) -> Tensor:
+    def forward(ctx, a: Tensor, rows: Tensor, pairs: WordPairs, words: WordMeasurement) -> Tensor:
         ctx.save_for_backward(a, rows)
-        ctx.tables = tables.heads
+        ctx.pairs, ctx.words = pairs, words
         heads, tokens = rows.shape[0], a.shape[1]
-        out = a.new_empty(heads, tokens, tables.place.shape[1])
+        out = a.new_empty(heads, tokens, pairs.place.shape[1])
         if heads * tokens <= _block_size(rows):  # a single call for all of them
             made = torch.bmm(rows, a.expand(heads, -1, -1).transpose(1, 2))
-            kernels.run(measure, tokens, made, tables.firsts, *tables.values, tables.place, out)
+            kernels.run(measure, tokens, made, *pairs, out)
             return out
         states = _buffer(rows, tokens)
         for head, inputs in enumerate(a.expand(heads, -1, -1)):
-            firsts, place = tables.firsts[head : head + 2], tables.place[head : head + 1]
+            of_head = pairs.of_head(head)
             for part in _blocks(inputs, rows):
                 made = torch.mm(rows[head], inputs[part].T, out=states[:, : len(inputs[part])])
-                into = out[head : head + 1, part]
-                kernels.run(measure, made.shape[1], made[None], firsts, *tables.values, place, into)
+                kernels.run(measure, made.shape[1], made[None], *of_head, out[head : head + 1, part])
         return out
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return *_gradients(ctx, upstream, _Measure._by_kernels), None
+        return *_gradients(ctx, upstream, _Measure._by_kernels), None, None
 
     @staticmethod
     def _by_kernels(ctx, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
-        (a, rows), tables, rows_wanted = ctx.saved_tensors, ctx.tables, ctx.needs_input_grad[1]
+        (a, rows), rows_wanted = ctx.saved_tensors, ctx.needs_input_grad[1]
         by_inputs = a.new_empty(rows.shape[0], *a.shape[1:])
         by_rows = torch.zeros_like(rows) if rows_wanted else None
         states, slopes = _buffer(rows, a.shape[1]), _buffer(rows, a.shape[1])
         for head, inputs in enumerate(a.expand(len(rows), -1, -1)):
-            table = tables[head]
-            words = len(table.values.starts) - 1
+            pairs = ctx.pairs.of_head(head)
             for part in _blocks(inputs, rows):
                 tokens = len(inputs[part])
                 made = torch.mm(rows[head], inputs[part].T, out=states[:, :tokens])
                 slope = slopes[:, :tokens]
-                above = upstream[head, part]
-                kernels.run(measure_backward, tokens, made, *table.derivatives, table.place, above, words, slope)
+                kernels.run(measure_backward, tokens, made, *pairs, upstream[head, part], slope)
                 torch.mm(slope.T, rows[head], out=by_inputs[head, part])
                 if rows_wanted:
                     by_rows[head].addmm_(slope, inputs[part])
@@ -153,10 +158,10 @@ class _Measure(torch.autograd.Function):
 
 class _MeasureOnDevice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a: Tensor, rows: Tensor, tables: WordTables, words: cuda_kernels.DeviceWords) -> Tensor:
+    def forward(ctx, a: Tensor, rows: Tensor, on_device: cuda_kernels.DeviceWords, words: WordMeasurement) -> Tensor:
         ctx.save_for_backward(a, rows)
-        ctx.tables, ctx.words = tables.heads, words
-        parts = [words.values(states) for _, states in _states_on_device(a, rows)]
+        ctx.on_device, ctx.words = on_device, words
+        parts = [on_device.values(states) for _, states in _states_on_device(a, rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @staticmethod
@@ -168,7 +173,7 @@ class _MeasureOnDevice(torch.autograd.Function):
         (a, rows), rows_wanted = ctx.saved_tensors, ctx.needs_input_grad[1]
         by_inputs, by_rows = [], None
         for part, states in _states_on_device(a, rows):
-            slopes = ctx.words.slopes(states, upstream[:, part])
+            slopes = ctx.on_device.slopes(states, upstream[:, part])
             by_inputs.append(torch.bmm(slopes.transpose(1, 2), rows))
             if rows_wanted:
                 own = torch.bmm(slopes, a[:, part].expand(len(rows), -1, -1))
@@ -193,11 +198,15 @@ def _gradients(ctx, upstream: Tensor, by_kernels: Callable) -> tuple[Tensor | No
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
             wanted = ctx.needs_input_grad[:2]
             inputs = [t for t, needed in zip((a, rows), wanted, strict=True) if needed]
-            found = iter(torch.autograd.grad(plain_words(a, rows, ctx.tables), inputs, upstream, create_graph=True))
+            found = iter(
+                torch.autograd.grad(
+                    plain_words(a, rows, ctx.words.tables(a.dtype)), inputs, upstream, create_graph=True
+                )
+            )
             by_inputs, by_rows = (next(found) if needed else None for needed in wanted)
             return by_inputs, by_rows
         if is_batched(upstream):
-            return plain_gradients(a, rows, ctx.tables, upstream)
+            return plain_gradients(a, rows, ctx.words.tables(a.dtype), upstream)
         return by_kernels(ctx, upstream.resolve_neg().contiguous())
 
 

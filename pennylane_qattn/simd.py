@@ -30,8 +30,8 @@ def _unavailable(name: str) -> Callable:
 
 
 if numba is None:
-    names = "lanes load store splat total largest maximum exp where_first"
-    lanes, load, store, splat, total, largest, maximum, exp, where_first = map(_unavailable, names.split())
+    names = "lanes load store item splat total largest maximum exp where_first"
+    lanes, load, store, item, splat, total, largest, maximum, exp, where_first = map(_unavailable, names.split())
 else:
     from llvmlite import ir
     from numba.core import cgutils, types
@@ -75,14 +75,16 @@ else:
             builder.insert_element(nothing, number, ir.IntType(32)(0)), nothing, _fill(places, 0)
         )
 
-    def _pointer(context, builder, kind, array, row, column):
+    def _place(context, builder, kind, array, row, column):
         made = context.make_array(kind)(context, builder, array)
         shape, strides = (cgutils.unpack_tuple(builder, part) for part in (made.shape, made.strides))
-        at = cgutils.get_item_pointer2(
+        return cgutils.get_item_pointer2(
             context, builder, made.data, shape, strides, kind.layout, (row, column), wraparound=False, boundscheck=False
         )
+
+    def _pointer(context, builder, kind, *place):
         value = context.get_value_type(VectorType(kind.dtype))
-        return builder.bitcast(at, value.as_pointer()), kind.dtype.bitwidth // 8
+        return builder.bitcast(_place(context, builder, kind, *place), value.as_pointer()), kind.dtype.bitwidth // 8
 
     @intrinsic
     def lanes(typing, array):
@@ -114,6 +116,15 @@ else:
             return context.get_dummy_value()
 
         return types.void(array, types.intp, types.intp, vector), generate
+
+    @intrinsic
+    def item(typing, array, row, column):
+        """`array[row, column]`, without the question whether an index counts from the end."""
+
+        def generate(context, builder, signature, arguments):
+            return builder.load(_place(context, builder, array, *arguments))
+
+        return array.dtype(array, types.intp, types.intp), generate
 
     @intrinsic
     def splat(typing, number):

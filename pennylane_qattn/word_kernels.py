@@ -1,221 +1,226 @@
 r"""Pauli words of many states at once on the CPU, and their derivative: kernels for `measurement.py`.
 
-A state is a column :math:`s` of real numbers, real amplitudes and below them, if there are any, imaginary ones. A word
-is a signed permutation of amplitudes, so its value is a short sum of products of two rows,
+A word takes amplitude :math:`b \oplus x` to :math:`b`, with the sign :math:`(-1)^{z \cdot b}`; :math:`x` marks its X
+and Y, :math:`z` its Y and Z. Words of one :math:`x` are sums of the same products, with other signs,
 
 .. math::
 
-    \langle\psi|P_w|\psi\rangle = \sum_{(l, r, c) \in w} c\, s_l s_r, \qquad
-    \frac{\partial}{\partial s_l} \sum_w g_w \langle P_w \rangle = \sum_{(w, r, c) \in l} c\, g_w s_r,
+    \langle\psi|P_w|\psi\rangle = \sum_b c_{wb}\, \mathrm{Re}(\psi_b^* \psi_{b \oplus x}) \quad\text{or}\quad
+    \sum_b c_{wb}\, \mathrm{Im}(\psi_b^* \psi_{b \oplus x}),
 
-with as many terms as there are rows, at most: no change of basis. A word that is given several times is summed up once.
+the imaginary part where the number of Y is odd; with :math:`x \ne 0` half of the :math:`b` do. Two such words at a time
+share what they read. A state is a column of real numbers, real amplitudes and below them, if there are any, imaginary
+ones. A word that is given several times is summed up once.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from pennylane_qattn.kernels import compiled, inlined
-from pennylane_qattn.observables import word_action
+from pennylane_qattn.kernels import compiled
+from pennylane_qattn.simd import item, lanes, load, splat, store
 
-#: Tokens at a time at most: enough to pay for starting a loop, few enough for the second-level cache.
-LANES = 128
-#: Fewer tokens, as in generation, are filled up to a multiple of this.
-_VECTOR = 8
-#: Terms that are added at a time, so that a sum is read and written once for all of them.
-_AT_ONCE = 4
+#: Which product two words sum up: the square of an amplitude, the real or the imaginary part of the product of two; and
+#: of real states the square, and the product of two.
+_SQUARES, _REAL, _IMAGINARY, _REAL_SQUARES, _REAL_PRODUCTS = range(5)
 
 
-class Terms(NamedTuple):
-    """Sums of products, one after the other, in the order in which kernels take them.
+class WordPairs(NamedTuple):
+    """The distinct words of all heads, two at a time.
 
     Attributes:
-        starts: where the terms of each sum begin, and where the last one ends; each has a multiple of `_AT_ONCE`.
-        left, right: the two factors of each term.
-        coefficient: what their product is multiplied by.
+        firsts: where the twos of each head begin, and where those of the last one end.
+        kinds: what each two of words sum up.
+        words: `(twos, 2)`, their numbers within the head; `most` where there is no second.
+        begins, ends: which of `rows` they sum up.
+        offsets: where their coefficients begin.
+        rows: `(products, 2)`, the two amplitudes of each product; those of an `x` after one another.
+        coefficients: `(products, 2)`, for each two of words of all their products.
+        place: `(heads, words)`, which distinct word stands for each word that was given.
+        most: how many distinct words a head has at most.
     """
 
-    starts: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-    coefficient: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        of_sum: np.ndarray,
-        left: np.ndarray,
-        right: np.ndarray,
-        coefficient: np.ndarray,
-        number: int,
-        dtype: np.dtype,
-    ) -> "Terms":
-        """The terms of so many sums, filled up with terms of coefficient 0; `of_sum` is to which each one belongs."""
-        order = np.argsort(of_sum, kind="stable")
-        of_sum = of_sum[order]
-        sizes = np.bincount(of_sum, minlength=number)
-        starts, firsts = (np.concatenate(([0], np.cumsum(each))) for each in (sizes + -sizes % _AT_ONCE, sizes))
-        place = starts[of_sum] + np.arange(len(of_sum)) - firsts[of_sum]
-        filled = [np.zeros(starts[-1], kind) for kind in (np.int64, np.int64, dtype)]
-        for column, given in zip(filled, (left, right, coefficient), strict=True):
-            column[place] = given[order]
-        return cls(starts, *filled)
-
-    @classmethod
-    def joined(cls, parts: Sequence["Terms"]) -> "Terms":
-        """The sums of all parts, one after the other."""
-        ends = np.cumsum([0, *(part.starts[-1] for part in parts)])
-        starts = [part.starts[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
-        columns = (np.concatenate(column) for column in zip(*(part[1:] for part in parts), strict=True))
-        return cls(np.concatenate([*starts, ends[-1:]]), *columns)
-
-    @property
-    def of_sum(self) -> np.ndarray:
-        """To which sum each term belongs."""
-        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
-
-    def take(self, sums: np.ndarray) -> "Terms":
-        """Some of the sums, in this order; one of them may come twice."""
-        sizes = np.diff(self.starts)[sums]
-        starts = np.concatenate(([0], np.cumsum(sizes)))
-        terms = np.arange(starts[-1]) + np.repeat(self.starts[:-1][sums] - starts[:-1], sizes)
-        return Terms(starts, *(column[terms] for column in self[1:]))
-
-
-@dataclass(frozen=True)
-class WordTable:
-    """The words of one head, each distinct word once.
-
-    Attributes:
-        values: of each distinct word, its terms: `(row, row)`.
-        derivatives: of each row, its terms: `(word, row)`.
-        place: which distinct word stands for each word that was given.
-    """
-
-    values: Terms
-    derivatives: Terms
+    firsts: np.ndarray
+    kinds: np.ndarray
+    words: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    coefficients: np.ndarray
     place: np.ndarray
+    most: int
 
     @classmethod
-    def of(cls, words: Sequence[str], is_complex: bool, dtype: np.dtype) -> "WordTable":
-        """The table of these words.
+    def of(cls, heads: Sequence[Sequence[str]], is_complex: bool, dtype: np.dtype) -> "WordPairs":
+        """The words of all heads, as many for each.
 
         Args:
-            words: Pauli words on the same number of wires.
+            heads: for each its Pauli words, on the same number of wires.
             is_complex: whether states have imaginary amplitudes.
             dtype: of the states.
         """
-        distinct = list(dict.fromkeys(words))
-        dim = 2 ** len(distinct[0])
-        products = [_products(word, is_complex) for word in distinct]
-        left, right, coefficient = (np.concatenate(column) for column in zip(*products, strict=True))
-        number = np.repeat(np.arange(len(distinct)), [len(rows) for rows, _, _ in products])
-        upper = left <= right  # the matrix of the form is symmetric
-        doubled = coefficient * (1 + (left < right))
-        values = Terms.of(number[upper], left[upper], right[upper], doubled[upper], len(distinct), dtype)
-        rows = 2 * dim if is_complex else dim
-        derivatives = Terms.of(left, number, right, 2 * coefficient, rows, dtype)
-        place = np.array([distinct.index(word) for word in words], dtype=np.int64)
-        return cls(values, derivatives, place)
+        distinct = [list(dict.fromkeys(words)) for words in heads]
+        most, wires = max(map(len, distinct)), len(heads[0][0])
+        states = np.arange(2**wires)
+        signs = (-1) ** ((states[:, None] >> np.arange(wires)) & 1).sum(1)  # by the parity of a state
+        ranges: dict[int, tuple[int, int]] = {}  # of each x, in `rows`
+        rows, coefficients, twos, firsts, made = [], [], [], [0], 0
+        for words in distinct:
+            for (x, is_odd), members in _grouped(words).items():
+                if is_odd and not is_complex:
+                    continue  # purely imaginary: 0 on real states
+                once = states if not x else states[states & (1 << (x.bit_length() - 1)) == 0]
+                if x not in ranges:
+                    begin = max((end for _, end in ranges.values()), default=0)
+                    ranges[x] = begin, begin + len(once)
+                    rows.append(np.stack((once, once ^ x), axis=1))
+                real, squares = (_REAL, _SQUARES) if is_complex else (_REAL_PRODUCTS, _REAL_SQUARES)
+                kind = squares if not x else _IMAGINARY if is_odd else real
+                for i in range(0, len(members), 2):
+                    table = np.zeros((len(once), 2), dtype)
+                    for column, (_, z, factor) in enumerate(members[i : i + 2]):
+                        table[:, column] = factor * (2 if x else 1) * signs[once & z]
+                    numbers = [number for number, _, _ in members[i : i + 2]]
+                    twos.append((kind, *(numbers + [most])[:2], *ranges[x], made))
+                    coefficients.append(table)
+                    made += len(table)
+            firsts.append(len(twos))
+        kinds, one, other, begins, ends, offsets = np.array(twos, np.int64).reshape(-1, 6).T.copy()
+        return cls(
+            firsts=np.array(firsts),
+            kinds=kinds,
+            words=np.stack((one, other), axis=1),
+            begins=begins,
+            ends=ends,
+            offsets=offsets,
+            rows=np.concatenate([np.zeros((0, 2), np.int64), *rows]),
+            coefficients=np.concatenate([np.zeros((0, 2), dtype), *coefficients]),
+            place=np.array([[own.index(word) for word in words] for words, own in zip(heads, distinct, strict=True)]),
+            most=most,
+        )
+
+    def of_head(self, head: int) -> "WordPairs":
+        """The same tables, for one head alone."""
+        return self._replace(firsts=self.firsts[head : head + 2], place=self.place[head : head + 1])
 
 
-@dataclass(frozen=True)
-class WordTables:
-    """The words of all heads, as many for each.
-
-    Attributes:
-        heads: the table of each.
-        firsts: where the distinct words of each head begin, and where those of the last one end.
-        values: the terms of the distinct words of all heads.
-        place: `(heads, words)`, as in `WordTable`.
-    """
-
-    heads: tuple[WordTable, ...]
-    firsts: np.ndarray
-    values: Terms
-    place: np.ndarray
-
-    @classmethod
-    def of(cls, words: Sequence[Sequence[str]], is_complex: bool, dtype: np.dtype) -> "WordTables":
-        """The tables of each head's words; the arguments are those of `WordTable.of`."""
-        heads = tuple(WordTable.of(head, is_complex, dtype) for head in words)
-        firsts = np.cumsum([0, *(len(head.values.starts) - 1 for head in heads)])
-        values = Terms.joined([head.values for head in heads])
-        return cls(heads, firsts, values, np.stack([head.place for head in heads]))
-
-
-def _products(word: str, is_complex: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All entries of the symmetric matrix of a word's form: rows, columns and values."""
-    source, phases = word_action(word)
-    dim, states = len(source), np.arange(len(source))
-    if phases[0].imag:  # an odd number of Y
-        if not is_complex:
-            return states[:0], states[:0], np.zeros(0)
-        # Re(-i c (x_b - i y_b)(x_o + i y_o)) = c (x_b y_o - y_b x_o)
-        found = ((states, dim + source, -phases.imag), (dim + states, source, phases.imag))
-    else:
-        found = ((states, source, phases.real), (dim + states, dim + source, phases.real))
-    left, right, coefficient = (np.concatenate(column) for column in zip(*found[: 1 + is_complex], strict=True))
-    return left, right, coefficient
-
-
-@inlined
-def _add_up(total, first, last, left, right, coefficient, a, b, lanes):
-    """Adds the terms from `first` to `last` to `total`, `_AT_ONCE` at a time."""
-    for e in range(first, last, 4):
-        a0, a1, a2, a3 = a[left[e]], a[left[e + 1]], a[left[e + 2]], a[left[e + 3]]
-        b0, b1, b2, b3 = b[right[e]], b[right[e + 1]], b[right[e + 2]], b[right[e + 3]]
-        c0, c1, c2, c3 = coefficient[e], coefficient[e + 1], coefficient[e + 2], coefficient[e + 3]
-        for t in range(lanes):
-            total[t] += c0 * a0[t] * b0[t] + c1 * a1[t] * b1[t] + (c2 * a2[t] * b2[t] + c3 * a3[t] * b3[t])
+def _grouped(words: Sequence[str]) -> dict[tuple[int, bool], list[tuple[int, int, int]]]:
+    """By x and whether the number of Y is odd: number of the word, z and sign of (-i)^Y, or of what i it has."""
+    groups = defaultdict(list)
+    for number, word in enumerate(words):
+        x, z = (int("".join("01"[letter in which] for letter in word), 2) for which in ("XY", "YZ"))
+        turns = word.count("Y")
+        groups[x, turns % 2 == 1].append((number, z, (-1) ** (turns // 2)))
+    return dict(groups)
 
 
 @compiled
-def measure(states, firsts, starts, left, right, coefficient, place, out, first, last):
+def measure(
+    states, firsts, kinds, words, begins, ends, offsets, pairs, coefficients, place, most, out, first, last
+):  # fmt: skip
     """The value of every word of every head, `out[head, token, word]`, in `states[head, row, token]`."""
     heads, rows, _ = states.shape
-    most = 0
+    step, nothing, dim = lanes(states), splat(states.dtype.type(0)), rows // 2
+    block, values = np.zeros((rows, step), states.dtype), np.zeros((most + 1, step), states.dtype)
     for head in range(heads):
-        most = max(most, firsts[head + 1] - firsts[head])
-    block = np.zeros((rows, LANES), states.dtype)
-    values = np.zeros((most, LANES), states.dtype)
-    for head in range(heads):
-        for begin in range(first, last, LANES):
-            tokens = min(LANES, last - begin)
-            lanes = (tokens + _VECTOR - 1) // _VECTOR * _VECTOR
+        values[:] = 0  # of words that no two has
+        for begin in range(first, last, step):
+            tokens = min(step, last - begin)
             for row in range(rows):
                 for t in range(tokens):
                     block[row, t] = states[head, row, begin + t]
-            for word in range(firsts[head], firsts[head + 1]):
-                total = values[word - firsts[head]]
-                total[:] = 0
-                _add_up(total, starts[word], starts[word + 1], left, right, coefficient, block, block, lanes)
+            for two in range(firsts[head], firsts[head + 1]):
+                kind, to, a, b = kinds[two], offsets[two] - begins[two], nothing, nothing
+                if kind == _SQUARES:
+                    for p in range(begins[two], ends[two]):
+                        i = item(pairs, p, 0)
+                        x, y = load(block, i, 0), load(block, dim + i, 0)
+                        x = x * x + y * y
+                        a = a + splat(item(coefficients, to + p, 0)) * x
+                        b = b + splat(item(coefficients, to + p, 1)) * x
+                elif kind == _REAL:
+                    for p in range(begins[two], ends[two]):
+                        i, j = item(pairs, p, 0), item(pairs, p, 1)
+                        x = load(block, i, 0) * load(block, j, 0) + load(block, dim + i, 0) * load(block, dim + j, 0)
+                        a = a + splat(item(coefficients, to + p, 0)) * x
+                        b = b + splat(item(coefficients, to + p, 1)) * x
+                elif kind == _IMAGINARY:
+                    for p in range(begins[two], ends[two]):
+                        i, j = item(pairs, p, 0), item(pairs, p, 1)
+                        x = load(block, i, 0) * load(block, dim + j, 0) - load(block, dim + i, 0) * load(block, j, 0)
+                        a = a + splat(item(coefficients, to + p, 0)) * x
+                        b = b + splat(item(coefficients, to + p, 1)) * x
+                else:  # of real states
+                    for p in range(begins[two], ends[two]):
+                        x = load(block, item(pairs, p, 0), 0) * load(block, item(pairs, p, 1), 0)
+                        a = a + splat(item(coefficients, to + p, 0)) * x
+                        b = b + splat(item(coefficients, to + p, 1)) * x
+                store(values, words[two, 0], 0, a)
+                store(values, words[two, 1], 0, b)
             for t in range(tokens):
                 for word in range(place.shape[1]):
-                    out[head, begin + t, word] = values[place[head, word], t]
+                    out[head, begin + t, word] = item(values, item(place, head, word), t)
 
 
 @compiled
-def measure_backward(states, starts, left, right, coefficient, place, upstream, words, out, first, last):
+def measure_backward(
+    states, firsts, kinds, words, begins, ends, offsets, pairs, coefficients, place, most, upstream, out, first, last
+):  # fmt: skip
     """The derivative of `sum(upstream * values)` by the states of one head, `out[row, token]`."""
-    rows = states.shape[0]
-    block = np.zeros((rows, LANES), states.dtype)
-    weights = np.zeros((words, LANES), states.dtype)
-    total = np.zeros(LANES, states.dtype)
-    for begin in range(first, last, LANES):
-        tokens = min(LANES, last - begin)
-        lanes = (tokens + _VECTOR - 1) // _VECTOR * _VECTOR
+    rows, step = states.shape[0], lanes(states)
+    two_, dim = splat(states.dtype.type(2)), rows // 2
+    block, slopes = np.zeros((rows, step), states.dtype), np.zeros((rows, step), states.dtype)
+    weights = np.zeros((most + 1, step), states.dtype)
+    for begin in range(first, last, step):
+        tokens = min(step, last - begin)
         for row in range(rows):
             for t in range(tokens):
                 block[row, t] = states[row, begin + t]
-        weights[:] = 0
+        weights[:], slopes[:] = 0, 0
         for t in range(tokens):
-            for word in range(len(place)):
-                weights[place[word], t] += upstream[begin + t, word]
+            for word in range(place.shape[1]):
+                weights[item(place, 0, word), t] += upstream[begin + t, word]
+        for two in range(firsts[0], firsts[1]):
+            kind, to = kinds[two], offsets[two] - begins[two]
+            a, b = load(weights, words[two, 0], 0), load(weights, words[two, 1], 0)
+            if kind == _SQUARES:
+                a, b = two_ * a, two_ * b
+                for p in range(begins[two], ends[two]):
+                    i = item(pairs, p, 0)
+                    g = splat(item(coefficients, to + p, 0)) * a + splat(item(coefficients, to + p, 1)) * b
+                    store(slopes, i, 0, load(slopes, i, 0) + g * load(block, i, 0))
+                    store(slopes, dim + i, 0, load(slopes, dim + i, 0) + g * load(block, dim + i, 0))
+            elif kind == _REAL:
+                for p in range(begins[two], ends[two]):
+                    i, j = item(pairs, p, 0), item(pairs, p, 1)
+                    g = splat(item(coefficients, to + p, 0)) * a + splat(item(coefficients, to + p, 1)) * b
+                    store(slopes, i, 0, load(slopes, i, 0) + g * load(block, j, 0))
+                    store(slopes, j, 0, load(slopes, j, 0) + g * load(block, i, 0))
+                    store(slopes, dim + i, 0, load(slopes, dim + i, 0) + g * load(block, dim + j, 0))
+                    store(slopes, dim + j, 0, load(slopes, dim + j, 0) + g * load(block, dim + i, 0))
+            elif kind == _IMAGINARY:
+                for p in range(begins[two], ends[two]):
+                    i, j = item(pairs, p, 0), item(pairs, p, 1)
+                    g = splat(item(coefficients, to + p, 0)) * a + splat(item(coefficients, to + p, 1)) * b
+                    store(slopes, i, 0, load(slopes, i, 0) + g * load(block, dim + j, 0))
+                    store(slopes, dim + j, 0, load(slopes, dim + j, 0) + g * load(block, i, 0))
+                    store(slopes, dim + i, 0, load(slopes, dim + i, 0) - g * load(block, j, 0))
+                    store(slopes, j, 0, load(slopes, j, 0) - g * load(block, dim + i, 0))
+            elif kind == _REAL_SQUARES:
+                a, b = two_ * a, two_ * b
+                for p in range(begins[two], ends[two]):
+                    i = item(pairs, p, 0)
+                    g = splat(item(coefficients, to + p, 0)) * a + splat(item(coefficients, to + p, 1)) * b
+                    store(slopes, i, 0, load(slopes, i, 0) + g * load(block, i, 0))
+            else:
+                for p in range(begins[two], ends[two]):
+                    i, j = item(pairs, p, 0), item(pairs, p, 1)
+                    g = splat(item(coefficients, to + p, 0)) * a + splat(item(coefficients, to + p, 1)) * b
+                    store(slopes, i, 0, load(slopes, i, 0) + g * load(block, j, 0))
+                    store(slopes, j, 0, load(slopes, j, 0) + g * load(block, i, 0))
         for row in range(rows):
-            total[:] = 0
-            _add_up(total, starts[row], starts[row + 1], left, right, coefficient, weights, block, lanes)
             for t in range(tokens):
-                out[row, begin + t] = total[t]
+                out[row, begin + t] = slopes[row, t]

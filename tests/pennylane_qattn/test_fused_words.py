@@ -10,7 +10,7 @@ from dense_reference import word_matrix
 
 from pennylane_qattn.fused_words import FusedWords
 from pennylane_qattn.observables import draw_words
-from pennylane_qattn.word_kernels import WordTable
+from pennylane_qattn.word_tables import WordTable
 
 
 @pytest.mark.parametrize("is_complex", [True, False])

@@ -50,7 +50,7 @@ def test_equals_dense_matrices(wires, is_complex, vectors, block, dtype, close, 
     measured = WordMeasurement(words, is_complex)
     ours = measured(a, matrix)
     close(ours, expected.detach(), factor=10)
-    close(plain_words(a, matrix, measured._of(dtype).heads), expected.detach(), factor=10)
+    close(plain_words(a, matrix, measured.tables(dtype)), expected.detach(), factor=10)
     wanted = torch.autograd.grad((expected * upstream).sum(), (a, matrix))
     found = torch.autograd.grad((ours * upstream).sum(), (a, matrix))
     for gradient, other in zip(found, wanted, strict=True):

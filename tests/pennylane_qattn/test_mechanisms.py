@@ -506,9 +506,9 @@ def test_a_moved_map_forgets_where_it_was(x):
     with torch.no_grad():
         module(x.float())
         words = executor._words
-        assert words._tables.keys() <= {torch.float32} and executor._states._kept or executor._readouts._kept
+        assert words._pairs.keys() <= {torch.float32} and executor._states._kept or executor._readouts._kept
         module.double()
-    assert executor._folds.keys() == {(torch.float64, torch.device("cpu"))} and not words._tables
+    assert executor._folds.keys() == {(torch.float64, torch.device("cpu"))} and not words._pairs
     assert executor._states._kept is None and executor._readouts._kept is None
     fold = executor._folds[torch.float64, torch.device("cpu")]
     module.double()

@@ -1,4 +1,4 @@
-"""The terms of Pauli words that kernels read, summed up in NumPy, against dense matrices."""
+"""The terms of Pauli words that kernels of CUDA read, summed up in NumPy, against dense matrices."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from dense_reference import word_matrix
 
 from pennylane_qattn.cuda_kernels import DeviceWords
 from pennylane_qattn.observables import draw_words
-from pennylane_qattn.word_kernels import Terms, WordTables
+from pennylane_qattn.word_tables import Terms, WordTable
 
 
 def summed(starts, left, right, coefficient, lefts, rights):
@@ -24,11 +24,11 @@ def test_tables_are_the_words(wires, is_complex):
     heads = [(*draw_words(6, wires, seed, 0.4), "I" * wires, "Y" + "I" * (wires - 1)) for seed in range(2)]
     heads[0] = (*heads[0][:-1], heads[0][0])  # one of them twice
     dim, tokens = 2**wires, 3
-    tables = WordTables.of(heads, is_complex, np.dtype(np.float64))
-    on_device = DeviceWords(tables.heads, torch.empty(0, dtype=torch.float64))
+    tables = [WordTable.of(head, is_complex, np.dtype(np.float64)) for head in heads]
+    on_device = DeviceWords(tables, torch.empty(0, dtype=torch.float64))
     by_word, by_row = ([t.numpy() for t in vars(sums).values()] for sums in (on_device._values, on_device._derivatives))
     joined = by_word[0], by_row[0]
-    for head, (words, table) in enumerate(zip(heads, tables.heads, strict=True)):
+    for head, (words, table) in enumerate(zip(heads, tables, strict=True)):
         states = rng.standard_normal((2 * dim if is_complex else dim, tokens))
         state = states[:dim] + 1j * states[dim:] if is_complex else states
         expected = np.array([np.einsum("bt,bc,ct->t", state.conj(), word_matrix(w), state).real for w in words])
