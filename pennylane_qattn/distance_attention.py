@@ -88,7 +88,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, is_causal: bool) -> Tensor:
         out = _empty_for(q, v)
-        logarithms = q.new_empty(q.shape[0] * q.shape[1], q.shape[2])
+        logarithms = q.new_empty(q.shape[0] * q.shape[1], q.shape[2] if any(ctx.needs_input_grad) else 0)
         if out.numel():
             rows, steps = _rows(q, k, v, out)
             arguments = (*rows, logarithms, _sizes(q, k), steps, *_exponents(q, beta), is_causal, _least(q))

@@ -28,9 +28,29 @@ def _place(pair, heads, strides):
 @inlined
 def _copy(rows, first, step, number, into):
     """So many rows of an array, `step` apart, into the first columns of another's."""
-    for i in range(number):
-        for c in range(rows.shape[1]):
-            into[i, c] = rows[first + i * step, c]
+    width = rows.shape[1]
+    if width % lanes(rows) == 0:
+        for i in range(number):
+            for c in range(0, width, lanes(rows)):
+                store(into, i, c, load(rows, first + i * step, c))
+    else:
+        for i in range(number):
+            for c in range(width):
+                into[i, c] = rows[first + i * step, c]
+
+
+@inlined
+def _give(row, number, out, first, step):
+    """So many rows of an array to where another has them, `step` apart, without what fills them up."""
+    width = out.shape[1]
+    if width % lanes(out) == 0:
+        for i in range(number):
+            for c in range(0, width, lanes(out)):
+                store(out, first + i * step, c, load(row, i, c))
+    else:
+        for i in range(number):
+            for c in range(width):
+                out[first + i * step, c] = row[i, c]
 
 
 @inlined
@@ -65,7 +85,7 @@ def attend_forward(q, k, v, out, logarithms, sizes, steps, betas, is_double, is_
 
     Args:
         q, k, v, out: rows of queries, keys, values and results.
-        logarithms: `(pairs, queries)`, the :math:`l_i`.
+        logarithms: `(pairs, queries)`, the :math:`l_i`; `(pairs, 0)` where nobody wants them.
         sizes: heads, queries, keys; queries are the last of the keys.
         steps: of the four, how many rows lie between one batch, head and token and the next.
         betas: one for each head.
@@ -118,15 +138,13 @@ def attend_forward(q, k, v, out, logarithms, sizes, steps, betas, is_double, is_
                     x = load(held, j, c)
                     o0, o1 = o0 + splat(weights[0, j]) * x, o1 + splat(weights[1, j]) * x
                     o2, o3 = o2 + splat(weights[2, j]) * x, o3 + splat(weights[3, j]) * x
-                store(row, 0, c, o0)
-                store(row, 1, c, o1)
-                store(row, 2, c, o2)
-                store(row, 3, c, o3)
-            for i in range(rows):
+                store(row, 0, c, o0 / splat(sums[0]))
+                store(row, 1, c, o1 / splat(sums[1]))
+                store(row, 2, c, o2 / splat(sums[2]))
+                store(row, 3, c, o3 / splat(sums[3]))
+            _give(row, rows, out, place + begin * steps[3][2], steps[3][2])
+            for i in range(min(rows, logarithms.shape[1] - begin)):
                 logarithms[pair, begin + i] = tops[i] + np.log(sums[i])
-                at = place + (begin + i) * steps[3][2]
-                for c in range(values):
-                    out[at, c] = row[i, c] / sums[i]
 
 
 @compiled
@@ -265,10 +283,7 @@ def attend_backward(
                 store(row, 1, c, two * o1)
                 store(row, 2, c, two * o2)
                 store(row, 3, c, two * o3)
-            for i in range(rows):
-                at = _place(pair, heads, steps[5]) + (begin + i) * steps[5][2]
-                for c in range(width):
-                    by_q[at, c] = row[i, c]
+            _give(row, rows, by_q, _place(pair, heads, steps[5]) + begin * steps[5][2], steps[5][2])
             for c in range(0, wide, step):
                 g0, g1, g2, g3 = load(above, 0, c), load(above, 1, c), load(above, 2, c), load(above, 3, c)
                 for j in range(most):
@@ -276,11 +291,10 @@ def attend_backward(
                     w2, w3 = splat(weights[2, j]), splat(weights[3, j])
                     store(by_values, j, c, load(by_values, j, c) + w0 * g0 + w1 * g1 + (w2 * g2 + w3 * g3))
         for j in range(keys):
-            at = _place(pair, heads, steps[6]) + j * steps[6][2]
-            for c in range(width):
-                by_k[at, c] = 2 * (by_held[j, c] - by_keys[0, j] * held[j, c])
-            at = _place(pair, heads, steps[7]) + j * steps[7][2]
-            for c in range(values):
-                by_v[at, c] = by_values[j, c]
+            factor = splat(by_keys[0, j])
+            for c in range(0, broad, step):
+                store(by_held, j, c, two * (load(by_held, j, c) - factor * load(held, j, c)))
+        _give(by_held, keys, by_k, _place(pair, heads, steps[6]), steps[6][2])
+        _give(by_values, keys, by_v, _place(pair, heads, steps[7]), steps[7][2])
         if not is_double:
             by_beta[pair] = total(turned)

@@ -98,7 +98,7 @@ else:
 
     @intrinsic
     def load(typing, array, row, column):
-        """The vector that begins at `array[row, column]`, of a C-ordered array of two axes."""
+        """The vector that begins at `array[row, column]`; numbers of a row stand side by side."""
 
         def generate(context, builder, signature, arguments):
             at, align = _pointer(context, builder, array, *arguments)
@@ -239,5 +239,10 @@ else:
         type_callable(which)(typed)
         lower_builtin(which, VectorType, VectorType)(lowered)
 
-    for _which, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    for _which, _instruction in (
+        (operator.add, "fadd"),
+        (operator.sub, "fsub"),
+        (operator.mul, "fmul"),
+        (operator.truediv, "fdiv"),
+    ):
         _make_operator(_which, _instruction)

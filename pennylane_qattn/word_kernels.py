@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pennylane_qattn.kernels import compiled
+from pennylane_qattn.kernels import compiled, inlined
 from pennylane_qattn.simd import item, lanes, load, splat, store
 
 #: Which product two words sum up: the square of an amplitude, the real or the imaginary part of the product of two; and
@@ -117,6 +117,18 @@ def _grouped(words: Sequence[str]) -> dict[tuple[int, bool], list[tuple[int, int
     return dict(groups)
 
 
+@inlined
+def _read(states, begin, tokens, block):
+    """The states of so many tokens, as many as there are lanes or fewer."""
+    if tokens == lanes(block):
+        for row in range(len(block)):
+            store(block, row, 0, load(states, row, begin))
+    else:
+        for row in range(len(block)):
+            for t in range(tokens):
+                block[row, t] = states[row, begin + t]
+
+
 @compiled
 def measure(
     states, firsts, kinds, words, begins, ends, offsets, pairs, coefficients, place, most, out, first, last
@@ -129,9 +141,7 @@ def measure(
         values[:] = 0  # of words that no two has
         for begin in range(first, last, step):
             tokens = min(step, last - begin)
-            for row in range(rows):
-                for t in range(tokens):
-                    block[row, t] = states[head, row, begin + t]
+            _read(states[head], begin, tokens, block)
             for two in range(firsts[head], firsts[head + 1]):
                 kind, to, a, b = kinds[two], offsets[two] - begins[two], nothing, nothing
                 if kind == _SQUARES:
@@ -176,9 +186,7 @@ def measure_backward(
     weights = np.zeros((most + 1, step), states.dtype)
     for begin in range(first, last, step):
         tokens = min(step, last - begin)
-        for row in range(rows):
-            for t in range(tokens):
-                block[row, t] = states[row, begin + t]
+        _read(states, begin, tokens, block)
         weights[:], slopes[:] = 0, 0
         for t in range(tokens):
             for word in range(place.shape[1]):
@@ -221,6 +229,10 @@ def measure_backward(
                     g = splat(item(coefficients, to + p, 0)) * a + splat(item(coefficients, to + p, 1)) * b
                     store(slopes, i, 0, load(slopes, i, 0) + g * load(block, j, 0))
                     store(slopes, j, 0, load(slopes, j, 0) + g * load(block, i, 0))
-        for row in range(rows):
-            for t in range(tokens):
-                out[row, begin + t] = slopes[row, t]
+        if tokens == step:
+            for row in range(rows):
+                store(out, row, begin, load(slopes, row, 0))
+        else:
+            for row in range(rows):
+                for t in range(tokens):
+                    out[row, begin + t] = slopes[row, t]
