@@ -17,6 +17,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -222,8 +223,10 @@ def _left_padded(
 
 def _unobserved(model: GPT, steps: Iterator[list[int]]) -> Iterator[list[int]]:
     """The same steps, each in evaluation mode and without gradients; the caller sees neither."""
+    # In the modules' dictionaries, as their own way to set an attribute would take a good part of a small model's step.
+    attributes = [vars(module) for module in model.modules()]
     while True:
-        with _evaluation(model):
+        with _evaluation(attributes):
             tokens = next(steps, None)
         if tokens is None:
             return
@@ -231,10 +234,9 @@ def _unobserved(model: GPT, steps: Iterator[list[int]]) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _evaluation(model: GPT) -> Iterator[None]:
+def _evaluation(modules: Sequence[dict[str, Any]]) -> Iterator[None]:
     # no_grad, not inference_mode: an attention may keep tensors made here and use them in training later.
-    # In the modules' dictionaries, as their own way to set an attribute would take a good part of a small model's step.
-    in_training = [vars(module) for module in model.modules() if module.training]
+    in_training = [attributes for attributes in modules if attributes["training"]]
     for attributes in in_training:
         attributes["training"] = False
     try:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pennylane_qattn.features import FeatureMap
 from pennylane_qattn.neighbours import Recent, join_neighbours
 from pennylane_qattn.scores import Score
-from pennylane_qattn.transforms import is_transformed
+from pennylane_qattn.transforms import is_transformed, without_autocast
 
 #: Most attention weights that are written out at a time, and kept for the gradient: 4 MiB in float32 on a CPU.
 MAX_WEIGHTS = {"cpu": 2**20}
@@ -252,7 +252,7 @@ def structured_attention(
 ) -> Float[Tensor, "batch heads queries features"]:
     """The weighted sum without a matrix of weights, for scores whose rows have a structure."""
     visible = None if visibility.padding is None else ~visibility.padding
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         q, k, wide = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
         return score.attend(q, k, wide, visibility.is_causal, visible).to(v.dtype)
 
@@ -349,7 +349,7 @@ class Attention(nn.Module):
             weights = F.dropout(attention_weights(self.score, q, k, visibility), dropout)
             heads = self.applied(weights, visibility).to(v.dtype) @ v
         elif is_plain and visibility.padding is None and self.score.has_kernel(q, k, v):
-            heads = structured_attention(self.score, q, k, v, visibility)
+            heads = self.score.attend_by_kernel(q, k, v, self.is_causal)
         elif self.score.is_dot_product and not is_row and (is_small or is_fused(x.device, dropout)):
             heads = fused_attention(self.score, q, k, v, visibility, dropout)
         elif is_plain and self.score.is_structured and (is_small or self.score.is_sparing):

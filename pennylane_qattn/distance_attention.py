@@ -14,7 +14,7 @@ from torch import Tensor
 from pennylane_qattn import kernels
 from pennylane_qattn.distance_kernels import attend_backward, attend_forward, attend_one
 from pennylane_qattn.double_exponential import LEAST, exponentials, negative_distances
-from pennylane_qattn.transforms import is_batched
+from pennylane_qattn.transforms import is_batched, without_autocast
 
 #: Numbers of keys and values of a sequence that the cache holds; of more, products of matrices are faster.
 MOST_NUMBERS = 2**17
@@ -100,7 +100,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, out, logarithms = ctx.saved_tensors
-        with torch.autocast(upstream.device.type, enabled=False):
+        with without_autocast(upstream.device):
             if torch.is_grad_enabled() or is_batched(upstream):
                 return *_plain_gradients(q, k, v, beta, ctx.is_causal, upstream), None
             by_q, by_k, by_v = (_empty_like(t) for t in (q, k, v))
@@ -151,18 +151,14 @@ def _least(q: Tensor) -> np.floating:
 
 def _rows(*tensors: Tensor) -> tuple[list[Tensor], np.ndarray]:
     """Each tensor as an array of rows, and how many lie between one batch, head and token and the next."""
-    rows, steps = [], np.empty((len(tensors), 3), np.int64)
-    for tensor, step in zip(tensors, steps, strict=True):
-        array, step[:] = _as_rows(tensor)
-        rows.append(array)
-    return rows, steps
-
-
-def _as_rows(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    width, sizes = tensor.shape[3], tensor.shape[:3]
-    steps = [0 if size == 1 else stride for size, stride in zip(sizes, tensor.stride()[:3], strict=True)]
-    if (width > 1 and tensor.stride(3) != 1) or any(step % width for step in steps):
-        return _as_rows(tensor.contiguous())
-    steps = [step // width for step in steps]
-    number = 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-    return tensor.detach().as_strided((number, width), (width, 1)), steps
+    rows, steps = [], []
+    for tensor in tensors:
+        (a, b, c, width), (by_a, by_b, by_c, by_one) = tensor.shape, tensor.stride()
+        by_a, by_b, by_c = by_a if a > 1 else 0, by_b if b > 1 else 0, by_c if c > 1 else 0
+        if (width > 1 and by_one != 1) or by_a % width or by_b % width or by_c % width:
+            tensor = tensor.contiguous()
+            by_a, by_b, by_c = b * c * width, c * width, width
+        steps.append((by_a // width, by_b // width, by_c // width))
+        number = 1 + ((a - 1) * by_a + (b - 1) * by_b + (c - 1) * by_c) // width
+        rows.append(tensor.as_strided((number, width), (width, 1)))
+    return rows, np.array(steps)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pennylane_qattn.augmentation import Layout, augment
-from pennylane_qattn.transforms import is_batched
+from pennylane_qattn.transforms import is_batched, without_autocast
 
 #: Weights that are made at a time: a MiB in float32 on a CPU.
 BLOCK_ELEMENTS = {"cpu": 2**18}
@@ -103,7 +103,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         q, k, v, out, visible = ctx.saved_tensors
-        with torch.autocast(upstream.device.type, enabled=False):
+        with without_autocast(upstream.device):
             if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
                 inputs = [t for t, wanted in zip((q, k, v), ctx.needs_input_grad, strict=False) if wanted]
                 out = plain_attend(q, k, v, ctx.is_causal, visible)

@@ -124,7 +124,21 @@ def normalise(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch feat
     """`x` over its Euclidean norm along the last axis; the zero vector gives the first basis vector, gradient 0."""
     if is_transformed():
         return _unit_and_scale(x)[0]
-    return _Normalise.apply(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Normalise.apply(x)
+    return _normalised(x)[0]
+
+
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit vector, and 1 / norm: by a kernel where there is one."""
+    if kernels.serve(x):
+        unit, inverse = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(*x.shape[:-1], 1)
+        rows = [t.reshape(-1, t.shape[-1]) for t in (x, unit, inverse)]
+        kernels.run(_normalise_rows, len(rows[0]), *rows)
+        return unit, inverse
+    if cuda_kernels.serve_vectors(x):
+        return cuda_kernels.normalise(x)
+    return _unit_and_scale(x)[:2]
 
 
 def _unit_and_scale(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,14 +160,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        if kernels.serve(x):
-            unit, inverse = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(*x.shape[:-1], 1)
-            rows = [t.reshape(-1, t.shape[-1]) for t in (x, unit, inverse)]
-            kernels.run(_normalise_rows, len(rows[0]), *rows)
-        elif cuda_kernels.serve_vectors(x):
-            unit, inverse = cuda_kernels.normalise(x)
-        else:
-            unit, inverse, _ = _unit_and_scale(x)
+        unit, inverse = _normalised(x)
         ctx.save_for_backward(x, unit, inverse)
         return unit
 

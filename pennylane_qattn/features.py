@@ -24,7 +24,7 @@ from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.precision import at_least_float32
 from pennylane_qattn.quadratic import quadratic_forms
-from pennylane_qattn.transforms import is_transformed, values_of
+from pennylane_qattn.transforms import is_transformed, values_of, without_autocast
 
 
 class FeatureMap(nn.Module, ABC):
@@ -84,7 +84,7 @@ class PerHeadFeatureMap(FeatureMap):
 
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
         batch, seq, _ = x.shape
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.split:
                 inputs = wide.reshape(batch * seq, self.num_heads, self.in_features).transpose(0, 1)

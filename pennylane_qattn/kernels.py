@@ -23,15 +23,16 @@ except ImportError:
 
 #: Fewest tokens that are worth a thread of their own, and what its share is a multiple of.
 _SHARE, _STEP = 512, 128
+_DTYPES = (torch.float32, torch.float64)
 #: Set to 0 in the environment, kernels are left out.
 SWITCH = "QATTN_KERNELS"
 
 
 def serve(*tensors: Tensor) -> bool:
     """Whether kernels are there, and can work on these: float32 or float64 in the CPU's memory, no transformed call."""
-    if numba is None or os.environ.get(SWITCH, "1") == "0" or is_transformed():
+    if numba is None or is_transformed() or os.environ.get(SWITCH, "1") == "0":
         return False
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and is_plain(t) for t in tensors)
+    return all(t.is_cpu and t.dtype in _DTYPES and is_plain(t) for t in tensors)
 
 
 def compiled(function: Callable) -> Callable:

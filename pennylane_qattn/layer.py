@@ -15,6 +15,7 @@ from pennylane_qattn.executor import Executor, FoldedExecutor
 from pennylane_qattn.planning import Execution
 from pennylane_qattn.precision import at_least_float32
 from pennylane_qattn.qnode import QNodeExecutor
+from pennylane_qattn.transforms import without_autocast
 
 
 class CircuitLayer(qml.qnn.TorchLayer):
@@ -76,7 +77,7 @@ class CircuitLayer(qml.qnn.TorchLayer):
             raise ValueError(
                 f"inputs must end in {self.circuit.num_features} features; got shape {tuple(inputs.shape)}"
             )
-        with torch.autocast(inputs.device.type, enabled=False):
+        with without_autocast(inputs.device):
             dtype = torch.promote_types(torch.promote_types(inputs.dtype, self.weights.dtype), torch.float32)
             rows = inputs.reshape(1, math.prod(inputs.shape[:-1]), inputs.shape[-1]).to(dtype)
             values = self._executor.expectations(rows, self.weights[None].to(dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 from pennylane_qattn import cuda_kernels, kernels
 from pennylane_qattn.fused_words import FusedWords
 from pennylane_qattn.observables import group_words
-from pennylane_qattn.transforms import is_batched, ordinary_mode
+from pennylane_qattn.transforms import is_batched, ordinary_mode, without_autocast
 from pennylane_qattn.word_kernels import WordPairs, measure, measure_backward
 from pennylane_qattn.word_tables import WordTable
 
@@ -194,7 +194,7 @@ def _states_on_device(a: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]
 def _gradients(ctx, upstream: Tensor, by_kernels: Callable) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by inputs and rows; by kernels, unless they are to be differentiated or are many at once."""
     a, rows = ctx.saved_tensors
-    with torch.autocast(upstream.device.type, enabled=False):
+    with without_autocast(upstream.device):
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see the formula
             wanted = ctx.needs_input_grad[:2]
             inputs = [t for t, needed in zip((a, rows), wanted, strict=True) if needed]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pennylane_qattn.transforms import is_transformed
+from pennylane_qattn.transforms import is_transformed, without_autocast
 
 #: Fewer tokens, as in generation, are not worth blocks.
 FEWEST_TOKENS = 32
@@ -63,7 +63,7 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        with torch.autocast(upstream.device.type, enabled=False):
+        with without_autocast(upstream.device):
             a, rows, signs = ctx.saved_tensors
             return _Blocked._gradients(a, rows, signs, upstream, ctx.needs_input_grad[1])
 

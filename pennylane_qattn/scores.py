@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pennylane_qattn import distance_attention, double_exponential
 from pennylane_qattn.augmentation import Layout, augment
+from pennylane_qattn.transforms import without_autocast
 
 #: Fused attention kernels want query, key and value of one width that is a multiple of this.
 ALIGNMENT = 8
@@ -66,8 +67,18 @@ class Score(nn.Module, ABC):
         k: Float[Tensor, "batch heads keys prepared"],
         v: Float[Tensor, "batch heads keys features"],
     ) -> bool:
-        """Whether `attend` has a kernel for these, with every key visible; it goes before all other ways then."""
+        """Whether `attend_by_kernel` serves these; it goes before all other ways then."""
         return False
+
+    def attend_by_kernel(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        """The weighted sums where `has_kernel`; no key is hidden but what is later than a query."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernel")
 
     def set_longest_row(self, block_size: int) -> None:
         """Learns how many keys a query may see at the most, once the attention is built; for scores that need it."""
@@ -199,13 +210,12 @@ class GaussianScore(Score):
     ) -> bool:
         return distance_attention.serve(q, k, v)
 
-    def attend(
+    def attend_by_kernel(
         self,
         q: Float[Tensor, "batch heads queries prepared"],
         k: Float[Tensor, "batch heads keys prepared"],
         v: Float[Tensor, "batch heads keys features"],
         is_causal: bool,
-        visible: Bool[Tensor, "batch keys"] | None,
     ) -> Float[Tensor, "batch heads queries features"]:
         return distance_attention.attend(q, k, v, self.beta, is_causal)
 
@@ -228,7 +238,7 @@ class PublishedGaussianScore(Score):
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             return double_exponential.exponentials(double_exponential.negative_distances(q, k))
 
     def has_kernel(
@@ -237,7 +247,16 @@ class PublishedGaussianScore(Score):
         k: Float[Tensor, "batch heads keys prepared"],
         v: Float[Tensor, "batch heads keys features"],
     ) -> bool:
-        return distance_attention.serve(q, k, _at_least_float32(v))
+        return distance_attention.serve(q, k, v)
+
+    def attend_by_kernel(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        return distance_attention.attend(q, k, v, None, is_causal)
 
     def attend(
         self,
@@ -247,8 +266,6 @@ class PublishedGaussianScore(Score):
         is_causal: bool,
         visible: Bool[Tensor, "batch keys"] | None,
     ) -> Float[Tensor, "batch heads queries features"]:
-        if visible is None and distance_attention.serve(q, k, v):
-            return distance_attention.attend(q, k, v, None, is_causal)
         return double_exponential.attend(q, k, v, is_causal, visible)
 
 

@@ -6,14 +6,24 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether this call is being compiled or transformed by `torch.func`.
+    """Whether this call is being compiled, transformed by `torch.func`, or differentiated in forward mode.
 
     Then formulas are given as they stand: shortcuts that manage memory by themselves would be in the way.
     """
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Operations keep the precision of what they are given; costs nothing where they do so anyhow."""
+    if is_transformed() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def is_batched(tensor: Tensor) -> bool:

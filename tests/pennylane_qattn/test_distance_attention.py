@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from largest_tensor import LargestTensor
+from torch.autograd import forward_ad
 
 from pennylane_qattn import build_attention, distance_attention, kernels
 from pennylane_qattn.distance_attention import attend, plain_attend, serve
@@ -285,3 +286,17 @@ def test_no_matrix_of_weights(rng):
     with LargestTensor() as seen:
         attention(x).square().sum().backward()
     assert seen.numbers <= 2**18
+
+
+@pytest.mark.parametrize("name", ["qisa", "qisa-absorbed"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_forward_mode(name, length, rng):
+    """Derivatives in forward mode, of which kernels and torch's fused attention know nothing, are those of a difference."""
+    torch.manual_seed(0)
+    attention = build_attention(name, 8, 2, 5).double()
+    x, direction = (torch.randn(2, length, 8, dtype=torch.float64, generator=rng) for _ in range(2))
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(attention(forward_ad.make_dual(x, direction))).tangent
+    with torch.no_grad():
+        difference = (attention(x + 1e-6 * direction) - attention(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(tangent, difference, rtol=1e-7, atol=1e-7)
