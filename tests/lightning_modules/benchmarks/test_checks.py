@@ -228,7 +228,7 @@ def test_logits_of_another_kind(baseline, tokens):
         ("gaussian", GaussianScore, "queries"),
         ("classical", ScaledDotScore, "queries"),
         ("overlap", OverlapScore, "forward"),
-        ("qisa", PublishedGaussianScore, "attend"),
+        ("qisa", PublishedGaussianScore, "attend_by_kernel"),
     ],
 )
 def test_another_formula_is_found(name, score, method, monkeypatch):
