@@ -154,9 +154,9 @@ class GaussianScore(Score):
     r""":math:`a_{ij} = -\beta \lVert q_i - k_j \rVert^2`, :math:`\beta > 0` learned per head.
 
     The softmax cancels :math:`\lVert q_i \rVert^2`, so this is the dot product of :math:`[2\beta q, 1]` with
-    :math:`[k, -\beta\lVert k\rVert^2]`, padded to an aligned width, and runs on fused attention, unless a kernel for
-    distances is faster. In half precision
-    the norm is carried by two channels, high and low part, because one would lose its digits.
+    :math:`[k, -\beta\lVert k\rVert^2]`, padded to an aligned width, and runs on fused attention where no kernel for
+    distances serves. In half precision the norm is carried by two channels, high and low part, because one would lose
+    its digits.
 
     Args:
         num_heads: number of heads.
