@@ -14,7 +14,7 @@ ones. A word that is given several times is summed up once.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +22,9 @@ import numpy as np
 from pennylane_qattn.kernels import compiled, inlined
 from pennylane_qattn.simd import item, lanes, load, splat, store
 
-#: Which product two words sum up: the square of an amplitude, the real or the imaginary part of the product of two; and
-#: of real states the square, and the product of two.
-_SQUARES, _REAL, _IMAGINARY, _REAL_SQUARES, _REAL_PRODUCTS = range(5)
+#: Which products two words sum up: squares of amplitudes; real parts, imaginary parts, or the first word real and the
+#: second imaginary parts of products of two; and of real states squares, and products of two.
+_SQUARES, _REAL, _IMAGINARY, _BOTH, _REAL_SQUARES, _REAL_PRODUCTS = range(6)
 
 
 class WordPairs(NamedTuple):
@@ -69,21 +69,17 @@ class WordPairs(NamedTuple):
         ranges: dict[int, tuple[int, int]] = {}  # of each x, in `rows`
         rows, coefficients, twos, firsts, made = [], [], [], [0], 0
         for words in distinct:
-            for (x, is_odd), members in _grouped(words).items():
-                if is_odd and not is_complex:
-                    continue  # purely imaginary: 0 on real states
+            for x, (even, odd) in _grouped(words).items():
                 once = states if not x else states[states & (1 << (x.bit_length() - 1)) == 0]
                 if x not in ranges:
                     begin = max((end for _, end in ranges.values()), default=0)
                     ranges[x] = begin, begin + len(once)
                     rows.append(np.stack((once, once ^ x), axis=1))
-                real, squares = (_REAL, _SQUARES) if is_complex else (_REAL_PRODUCTS, _REAL_SQUARES)
-                kind = squares if not x else _IMAGINARY if is_odd else real
-                for i in range(0, len(members), 2):
+                for kind, members in _by_twos(x, even, odd, is_complex):
                     table = np.zeros((len(once), 2), dtype)
-                    for column, (_, z, factor) in enumerate(members[i : i + 2]):
+                    for column, (_, z, factor) in enumerate(members):
                         table[:, column] = factor * (2 if x else 1) * signs[once & z]
-                    numbers = [number for number, _, _ in members[i : i + 2]]
+                    numbers = [number for number, _, _ in members]
                     twos.append((kind, *(numbers + [most])[:2], *ranges[x], made))
                     coefficients.append(table)
                     made += len(table)
@@ -107,14 +103,33 @@ class WordPairs(NamedTuple):
         return self._replace(firsts=self.firsts[head : head + 2], place=self.place[head : head + 1])
 
 
-def _grouped(words: Sequence[str]) -> dict[tuple[int, bool], list[tuple[int, int, int]]]:
-    """By x and whether the number of Y is odd: number of the word, z and sign of (-i)^Y, or of what i it has."""
-    groups = defaultdict(list)
+#: Number of a word, its z, and the sign of (-i)^Y, or of what i it has.
+_Member = tuple[int, int, int]
+
+
+def _grouped(words: Sequence[str]) -> dict[int, tuple[list[_Member], list[_Member]]]:
+    """By x: words with an even, and with an odd number of Y."""
+    groups: dict[int, tuple[list[_Member], list[_Member]]] = defaultdict(lambda: ([], []))
     for number, word in enumerate(words):
         x, z = (int("".join("01"[letter in which] for letter in word), 2) for which in ("XY", "YZ"))
         turns = word.count("Y")
-        groups[x, turns % 2 == 1].append((number, z, (-1) ** (turns // 2)))
+        groups[x][turns % 2].append((number, z, (-1) ** (turns // 2)))
     return dict(groups)
+
+
+def _by_twos(
+    x: int, even: list[_Member], odd: list[_Member], is_complex: bool
+) -> Iterator[tuple[int, Sequence[_Member]]]:
+    """The words of an x two by two, with what they sum up; the last may be alone."""
+    if not is_complex:
+        odd = []  # purely imaginary: 0 on real states
+    if is_complex and x and len(even) % 2 and len(odd) % 2:
+        yield _BOTH, (even[-1], odd[-1])
+        even, odd = even[:-1], odd[:-1]
+    of_even = (_REAL if x else _SQUARES) if is_complex else (_REAL_PRODUCTS if x else _REAL_SQUARES)
+    for kind, members in ((of_even, even), (_IMAGINARY, odd)):
+        for i in range(0, len(members), 2):
+            yield kind, members[i : i + 2]
 
 
 @inlined
@@ -163,6 +178,17 @@ def measure(
                         x = load(block, i, 0) * load(block, dim + j, 0) - load(block, dim + i, 0) * load(block, j, 0)
                         a = a + splat(item(coefficients, to + p, 0)) * x
                         b = b + splat(item(coefficients, to + p, 1)) * x
+                elif kind == _BOTH:
+                    for p in range(begins[two], ends[two]):
+                        i, j = item(pairs, p, 0), item(pairs, p, 1)
+                        x, y, u, v = (
+                            load(block, i, 0),
+                            load(block, dim + i, 0),
+                            load(block, j, 0),
+                            load(block, dim + j, 0),
+                        )
+                        a = a + splat(item(coefficients, to + p, 0)) * (x * u + y * v)
+                        b = b + splat(item(coefficients, to + p, 1)) * (x * v - y * u)
                 else:  # of real states
                     for p in range(begins[two], ends[two]):
                         x = load(block, item(pairs, p, 0), 0) * load(block, item(pairs, p, 1), 0)
@@ -217,6 +243,15 @@ def measure_backward(
                     store(slopes, dim + j, 0, load(slopes, dim + j, 0) + g * load(block, i, 0))
                     store(slopes, dim + i, 0, load(slopes, dim + i, 0) - g * load(block, j, 0))
                     store(slopes, j, 0, load(slopes, j, 0) - g * load(block, dim + i, 0))
+            elif kind == _BOTH:
+                for p in range(begins[two], ends[two]):
+                    i, j = item(pairs, p, 0), item(pairs, p, 1)
+                    g, h = splat(item(coefficients, to + p, 0)) * a, splat(item(coefficients, to + p, 1)) * b
+                    x, y, u, v = load(block, i, 0), load(block, dim + i, 0), load(block, j, 0), load(block, dim + j, 0)
+                    store(slopes, i, 0, load(slopes, i, 0) + g * u + h * v)
+                    store(slopes, dim + i, 0, load(slopes, dim + i, 0) + g * v - h * u)
+                    store(slopes, j, 0, load(slopes, j, 0) + g * x - h * y)
+                    store(slopes, dim + j, 0, load(slopes, dim + j, 0) + g * y + h * x)
             elif kind == _REAL_SQUARES:
                 a, b = two_ * a, two_ * b
                 for p in range(begins[two], ends[two]):

@@ -291,7 +291,7 @@ def test_no_matrix_of_weights(rng):
 @pytest.mark.parametrize("name", ["qisa", "qisa-absorbed"])
 @pytest.mark.parametrize("length", [1, 5])
 def test_forward_mode(name, length, rng):
-    """Derivatives in forward mode, of which kernels and torch's fused attention know nothing, are those of a difference."""
+    """Derivatives in forward mode, which kernels and torch's fused attention do not have, are those of a difference."""
     torch.manual_seed(0)
     attention = build_attention(name, 8, 2, 5).double()
     x, direction = (torch.randn(2, length, 8, dtype=torch.float64, generator=rng) for _ in range(2))
