@@ -19,8 +19,8 @@ from pennylane_qattn.transforms import is_batched, ordinary_mode, without_autoca
 from pennylane_qattn.word_kernels import WordPairs, measure, measure_backward
 from pennylane_qattn.word_tables import WordTable
 
-#: Elements of the states that are made at a time: a MiB in float32, which a second-level cache holds.
-BLOCK_ELEMENTS = 2**18
+#: Elements of the states that are made at a time: half a MiB in float32, which a second-level cache holds.
+BLOCK_ELEMENTS = 2**17
 #: The same on a GPU: a quarter of a GiB.
 DEVICE_BLOCK_ELEMENTS = 2**26
 #: Fewer tokens, as in generation, are done before a kernel has been called, if matrices are no larger than that.
