@@ -77,8 +77,8 @@ napoleon_attr_annotations = False
 
 # Names of other projects: their pages are not looked up, so that the build needs no network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|torchmetrics|transformers|numpy|np|pennylane|lightning|jsonargparse|matplotlib|rich)\..*"),
-    ("py:.*", r"(abc|argparse|collections|os|pathlib|typing)\..*"),
+    ("py:.*", r"(torch|torchmetrics|transformers|numpy|np|numba|pennylane|lightning|jsonargparse|matplotlib|rich)\..*"),
+    ("py:.*", r"(abc|argparse|collections|contextlib|os|pathlib|typing)\..*"),
     ("py:.*", r"(Tensor|ndarray|Float|Float64|Bool|Int|Int64|Complex|Num|Shaped)"),
     ("py:.*", r"(OpenAIGPTLMHeadModel|PreTrainedTokenizerFast)"),
     ("py:.*", r"(pennylane_qattn\.registry\.Described|lightning_modules\.progress\.Item)"),  # type variables
