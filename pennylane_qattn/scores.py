@@ -150,7 +150,33 @@ class TemperedDotScore(Score):
         return q @ k.transpose(-2, -1)
 
 
-class GaussianScore(Score):
+class DistanceScore(Score):
+    """Base of scores of the distances between queries and keys, which have a kernel (`distance_attention.py`)."""
+
+    @property
+    def beta(self) -> Float[Tensor, " heads"] | None:
+        r"""The inverse temperature of each head; `None` where exponents are :math:`\exp(-\lVert q - k \rVert^2)`."""
+        return None
+
+    def has_kernel(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+    ) -> bool:
+        return distance_attention.serve(q, k, v)
+
+    def attend_by_kernel(
+        self,
+        q: Float[Tensor, "batch heads queries prepared"],
+        k: Float[Tensor, "batch heads keys prepared"],
+        v: Float[Tensor, "batch heads keys features"],
+        is_causal: bool,
+    ) -> Float[Tensor, "batch heads queries features"]:
+        return distance_attention.attend(q, k, v, self.beta, is_causal)
+
+
+class GaussianScore(DistanceScore):
     r""":math:`a_{ij} = -\beta \lVert q_i - k_j \rVert^2`, :math:`\beta > 0` learned per head.
 
     The softmax cancels :math:`\lVert q_i \rVert^2`, so this is the dot product of :math:`[2\beta q, 1]` with
@@ -202,25 +228,8 @@ class GaussianScore(Score):
         q, k = self.sides(q, k)
         return q @ k.transpose(-2, -1)
 
-    def has_kernel(
-        self,
-        q: Float[Tensor, "batch heads queries prepared"],
-        k: Float[Tensor, "batch heads keys prepared"],
-        v: Float[Tensor, "batch heads keys features"],
-    ) -> bool:
-        return distance_attention.serve(q, k, v)
 
-    def attend_by_kernel(
-        self,
-        q: Float[Tensor, "batch heads queries prepared"],
-        k: Float[Tensor, "batch heads keys prepared"],
-        v: Float[Tensor, "batch heads keys features"],
-        is_causal: bool,
-    ) -> Float[Tensor, "batch heads queries features"]:
-        return distance_attention.attend(q, k, v, self.beta, is_causal)
-
-
-class PublishedGaussianScore(Score):
+class PublishedGaussianScore(DistanceScore):
     r""":math:`a_{ij} = \exp(-\lVert q_i - k_j \rVert^2)`, itself an exponent of the softmax (QISA, QSANN).
 
     It lies in (0, 1], so no weight of a row exceeds another by more than a factor :math:`e`: rows are almost uniform.
@@ -240,23 +249,6 @@ class PublishedGaussianScore(Score):
     ) -> Float[Tensor, "batch heads queries keys"]:
         with without_autocast(q.device):
             return double_exponential.exponentials(double_exponential.negative_distances(q, k))
-
-    def has_kernel(
-        self,
-        q: Float[Tensor, "batch heads queries prepared"],
-        k: Float[Tensor, "batch heads keys prepared"],
-        v: Float[Tensor, "batch heads keys features"],
-    ) -> bool:
-        return distance_attention.serve(q, k, v)
-
-    def attend_by_kernel(
-        self,
-        q: Float[Tensor, "batch heads queries prepared"],
-        k: Float[Tensor, "batch heads keys prepared"],
-        v: Float[Tensor, "batch heads keys features"],
-        is_causal: bool,
-    ) -> Float[Tensor, "batch heads queries features"]:
-        return distance_attention.attend(q, k, v, None, is_causal)
 
     def attend(
         self,
