@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pennylane_qattn.features import FeatureMap
 from pennylane_qattn.neighbours import Recent, join_neighbours
+from pennylane_qattn.precision import widened
 from pennylane_qattn.scores import Score
 from pennylane_qattn.transforms import is_transformed, without_autocast
 
@@ -253,8 +254,7 @@ def structured_attention(
     """The weighted sum without a matrix of weights, for scores whose rows have a structure."""
     visible = None if visibility.padding is None else ~visibility.padding
     with without_autocast(q.device):
-        q, k, wide = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
-        return score.attend(q, k, wide, visibility.is_causal, visible).to(v.dtype)
+        return score.attend(widened(q), widened(k), widened(v), visibility.is_causal, visible).to(v.dtype)
 
 
 class Attention(nn.Module):

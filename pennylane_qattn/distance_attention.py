@@ -18,6 +18,9 @@ from pennylane_qattn.transforms import is_batched, without_autocast
 
 #: Numbers of keys and values of a sequence that the cache holds; of more, products of matrices are faster.
 MOST_NUMBERS = 2**17
+_NUMBERS: dict[torch.dtype, type[np.floating]] = {torch.float32: np.float32, torch.float64: np.float64}
+_LEAST = {dtype: number(LEAST[dtype]) for dtype, number in _NUMBERS.items()}
+_NO_BETA = {dtype: np.ones(1, number) for dtype, number in _NUMBERS.items()}
 
 
 def serve(
@@ -90,8 +93,8 @@ class _Attend(torch.autograd.Function):
         out = _empty_for(q, v)
         logarithms = q.new_empty(q.shape[0] * q.shape[1], q.shape[2] if any(ctx.needs_input_grad) else 0)
         if out.numel():
-            rows, steps = _rows(q, k, v, out)
-            arguments = (*rows, logarithms, _sizes(q, k), steps, *_exponents(q, beta), is_causal, _least(q))
+            held, places = _places(q, k, v, out)
+            arguments = (places, logarithms, _sizes(q, k), *_exponents(q, beta), is_causal, _LEAST[q.dtype])
             kernels.run(attend_forward, len(logarithms), *arguments, each=q.shape[2])
         ctx.save_for_backward(q, k, v, beta, out, logarithms)
         ctx.is_causal = is_causal
@@ -106,9 +109,9 @@ class _Attend(torch.autograd.Function):
             by_q, by_k, by_v = (_empty_like(t) for t in (q, k, v))
             by_beta = q.new_zeros(len(logarithms))
             if upstream.numel():
-                rows, steps = _rows(q, k, v, out, upstream.resolve_neg(), by_q, by_k, by_v)
+                held, places = _places(q, k, v, out, upstream.resolve_neg(), by_q, by_k, by_v)
                 factors = _exponents(q, beta)
-                arguments = (*rows, logarithms, by_beta, _sizes(q, k), steps, *factors, ctx.is_causal, _least(q))
+                arguments = (places, logarithms, by_beta, _sizes(q, k), *factors, ctx.is_causal, _LEAST[q.dtype])
                 kernels.run(attend_backward, len(logarithms), *arguments, each=q.shape[2])
         return by_q, by_k, by_v, None if beta is None else by_beta.view(q.shape[:2]).sum(0), None
 
@@ -116,8 +119,8 @@ class _Attend(torch.autograd.Function):
 def _of_one(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
     out = _empty_for(q, v)
     if out.numel():
-        rows, steps = _rows(q, k, v, out)
-        arguments = (*rows, _sizes(q, k), steps, *_exponents(q, beta), _least(q))
+        held, places = _places(q, k, v, out)
+        arguments = (places, _sizes(q, k), *_exponents(q, beta), _LEAST[q.dtype])
         kernels.run(attend_one, q.shape[0] * q.shape[1], *arguments, each=k.shape[2])
     return out
 
@@ -131,34 +134,33 @@ def _empty_for(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
-    """Room in the tensor's own order of axes, the features last, so that `_rows` makes no copy of it."""
+    """Room in the tensor's own order of axes, the features last, so that `_places` makes no copy of it."""
     return torch.empty_like(
         tensor, memory_format=torch.preserve_format if tensor.stride(3) == 1 else torch.contiguous_format
     )
 
 
-def _sizes(q: Tensor, k: Tensor) -> np.ndarray:
-    return np.array([q.shape[1], q.shape[2], k.shape[2]])
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    return q.shape[1], q.shape[2], k.shape[2]
 
 
 def _exponents(q: Tensor, beta: Tensor | None) -> tuple[Any, bool]:
-    return (q.new_ones(q.shape[1]) if beta is None else beta), beta is None
+    return (_NO_BETA[q.dtype] if beta is None else beta), beta is None
 
 
-def _least(q: Tensor) -> np.floating:
-    return np.dtype(str(q.dtype).removeprefix("torch.")).type(LEAST[q.dtype])
+def _places(*tensors: Tensor) -> tuple[list[Tensor], np.ndarray]:
+    """What kernels read and write, which must live until they are done, and where it is (`distance_kernels.py`).
 
-
-def _rows(*tensors: Tensor) -> tuple[list[Tensor], np.ndarray]:
-    """Each tensor as an array of rows, and how many lie between one batch, head and token and the next."""
-    rows, steps = [], []
+    Addresses, as an array of NumPy for each tensor would take longer than what generation has to do for a token.
+    """
+    held, places = [], []
     for tensor in tensors:
         (a, b, c, width), (by_a, by_b, by_c, by_one) = tensor.shape, tensor.stride()
         by_a, by_b, by_c = by_a if a > 1 else 0, by_b if b > 1 else 0, by_c if c > 1 else 0
         if (width > 1 and by_one != 1) or by_a % width or by_b % width or by_c % width:
             tensor = tensor.contiguous()
             by_a, by_b, by_c = b * c * width, c * width, width
-        steps.append((by_a // width, by_b // width, by_c // width))
         number = 1 + ((a - 1) * by_a + (b - 1) * by_b + (c - 1) * by_c) // width
-        rows.append(tensor.as_strided((number, width), (width, 1)))
-    return rows, np.array(steps)
+        places.append((tensor.data_ptr(), number, width, by_a // width, by_b // width, by_c // width))
+        held.append(tensor)
+    return held, np.array(places)

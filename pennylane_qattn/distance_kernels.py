@@ -16,13 +16,23 @@ keys. Distances are sums of squared differences, which lose no digits where two 
 import numpy as np
 
 from pennylane_qattn.kernels import compiled, inlined
-from pennylane_qattn.simd import exp, lanes, largest, load, maximum, splat, store, total, where_first
+from pennylane_qattn.simd import exp, lanes, largest, load, maximum, rows_at, splat, store, total, where_first
+
+#: What stands in each row of a kernel's `places`: where a tensor's first row is in memory, how many rows there are and
+#: how wide they are, and how many lie between one batch, head and token and the next.
+_ADDRESS, _NUMBER, _WIDTH, _BATCH, _HEAD, _TOKEN = range(6)
 
 
 @inlined
-def _place(pair, heads, strides):
-    """The row of the first token of a pair of batch and head; `strides` are those of batch, head and token."""
-    return pair // heads * strides[0] + pair % heads * strides[1]
+def _tensor(places, i, like):
+    """The rows of a tensor."""
+    return rows_at(places[i, _ADDRESS], places[i, _NUMBER], places[i, _WIDTH], like)
+
+
+@inlined
+def _place(pair, heads, place):
+    """The row of the first token of a pair of batch and head."""
+    return pair // heads * place[_BATCH] + pair % heads * place[_HEAD]
 
 
 @inlined
@@ -80,19 +90,20 @@ def _exponents(distances, is_double, beta, least):
 
 
 @compiled
-def attend_forward(q, k, v, out, logarithms, sizes, steps, betas, is_double, is_causal, least, first, last):
+def attend_forward(places, logarithms, sizes, betas, is_double, is_causal, least, first, last):
     """The weighted sums of pairs `first` to `last` of batch and head.
 
     Args:
-        q, k, v, out: rows of queries, keys, values and results.
+        places: of queries, keys, values and results.
         logarithms: `(pairs, queries)`, the :math:`l_i`; `(pairs, 0)` where nobody wants them.
         sizes: heads, queries, keys; queries are the last of the keys.
-        steps: of the four, how many rows lie between one batch, head and token and the next.
-        betas: one for each head.
+        betas: one for each head, or one for all.
         is_double: exponents are exponentials.
         is_causal: a query sees no later key.
         least: exponents below are taken for this one.
     """
+    q, k = _tensor(places, 0, least), _tensor(places, 1, least)
+    v, out = _tensor(places, 2, least), _tensor(places, 3, least)
     heads, queries, keys = sizes[0], sizes[1], sizes[2]
     dtype, width, values, step = q.dtype, q.shape[1], v.shape[1], lanes(q)
     room, wide = -(-keys // step) * step, -(-values // step) * step
@@ -101,12 +112,12 @@ def attend_forward(q, k, v, out, logarithms, sizes, steps, betas, is_double, is_
     near, weights, row = np.zeros((4, width), dtype), np.zeros((4, room), dtype), np.zeros((4, wide), dtype)
     tops, sums = np.zeros(4, dtype), np.zeros(4, dtype)
     for pair in range(first, last):
-        beta, place = betas[pair % heads], _place(pair, heads, steps[3])
-        _transpose(k, _place(pair, heads, steps[1]), steps[1][2], keys, columns)
-        _copy(v, _place(pair, heads, steps[2]), steps[2][2], keys, held)
+        beta, place = betas[pair % len(betas)], _place(pair, heads, places[3])
+        _transpose(k, _place(pair, heads, places[1]), places[1, _TOKEN], keys, columns)
+        _copy(v, _place(pair, heads, places[2]), places[2, _TOKEN], keys, held)
         for begin in range(0, queries, 4):
             rows = min(4, queries - begin)
-            _copy(q, _place(pair, heads, steps[0]) + begin * steps[0][2], steps[0][2], rows, near)
+            _copy(q, _place(pair, heads, places[0]) + begin * places[0, _TOKEN], places[0, _TOKEN], rows, near)
             seen = keys - queries + begin + 1 if is_causal else keys  # by the first of these queries
             more = 1 if is_causal else 0
             most = seen + more * (rows - 1)
@@ -142,24 +153,26 @@ def attend_forward(q, k, v, out, logarithms, sizes, steps, betas, is_double, is_
                 store(row, 1, c, o1 / splat(sums[1]))
                 store(row, 2, c, o2 / splat(sums[2]))
                 store(row, 3, c, o3 / splat(sums[3]))
-            _give(row, rows, out, place + begin * steps[3][2], steps[3][2])
+            _give(row, rows, out, place + begin * places[3, _TOKEN], places[3, _TOKEN])
             for i in range(min(rows, logarithms.shape[1] - begin)):
                 logarithms[pair, begin + i] = tops[i] + np.log(sums[i])
 
 
 @compiled
-def attend_one(q, k, v, out, sizes, steps, betas, is_double, least, first, last):
+def attend_one(places, sizes, betas, is_double, least, first, last):
     """The same for a single query that sees every key, as in generation; a key is read once and copied nowhere."""
+    q, k = _tensor(places, 0, least), _tensor(places, 1, least)
+    v, out = _tensor(places, 2, least), _tensor(places, 3, least)
     heads, keys = sizes[0], sizes[2]
     dtype, width, values, step = q.dtype, q.shape[1], v.shape[1], lanes(q)
     room, whole, wide = -(-keys // step) * step, width // step * step, values // step * step
     nothing, lowest, far = splat(dtype.type(0)), splat(least), splat(dtype.type(-np.inf))
     weights, row = np.zeros((1, room), dtype), np.zeros((1, step), dtype)
     for pair in range(first, last):
-        beta, place = betas[pair % heads], _place(pair, heads, steps[3])
-        query, key = _place(pair, heads, steps[0]), _place(pair, heads, steps[1])
+        beta, place = betas[pair % len(betas)], _place(pair, heads, places[3])
+        query, key = _place(pair, heads, places[0]), _place(pair, heads, places[1])
         for j in range(keys):
-            at, sums = key + j * steps[1][2], nothing
+            at, sums = key + j * places[1, _TOKEN], nothing
             for c in range(0, whole, step):
                 e = load(q, query, c) - load(k, at, c)
                 sums = sums - e * e
@@ -177,35 +190,35 @@ def attend_one(q, k, v, out, sizes, steps, betas, is_double, least, first, last)
             x = where_first(keys - j, exp(maximum(load(weights, 0, j) - highest, lowest)), nothing)
             part = part + x
             store(weights, 0, j, x)
-        sums, value = total(part), _place(pair, heads, steps[2])
+        sums, value = total(part), _place(pair, heads, places[2])
         for c in range(0, wide, step):
             o = nothing
             for j in range(keys):
-                o = o + splat(weights[0, j]) * load(v, value + j * steps[2][2], c)
+                o = o + splat(weights[0, j]) * load(v, value + j * places[2, _TOKEN], c)
             store(row, 0, 0, o)
             for i in range(step):
                 out[place, c + i] = row[0, i] / sums
         for c in range(wide, values):
             o = dtype.type(0)
             for j in range(keys):
-                o += weights[0, j] * v[value + j * steps[2][2], c]
+                o += weights[0, j] * v[value + j * places[2, _TOKEN], c]
             out[place, c] = o / sums
 
 
 @compiled
-def attend_backward(
-    q, k, v, out, upstream, by_q, by_k, by_v, logarithms, by_beta, sizes, steps, betas, is_double, is_causal, least,
-    first, last,
-):  # fmt: skip
+def attend_backward(places, logarithms, by_beta, sizes, betas, is_double, is_causal, least, first, last):
     """The derivatives of `sum(upstream * out)` by queries, keys, values and, for each pair, beta.
 
     Args:
-        q, k, v, out, upstream, by_q, by_k, by_v: rows.
+        places: of queries, keys, values, results, upstream, and the derivatives by the first three.
         logarithms: as `attend_forward` left them.
         by_beta: one number for each pair; left alone where exponents are exponentials.
         sizes, betas, is_double, is_causal, least: as there.
-        steps: of the eight.
     """
+    q, k = _tensor(places, 0, least), _tensor(places, 1, least)
+    v, out = _tensor(places, 2, least), _tensor(places, 3, least)
+    upstream, by_q = _tensor(places, 4, least), _tensor(places, 5, least)
+    by_k, by_v = _tensor(places, 6, least), _tensor(places, 7, least)
     heads, queries, keys = sizes[0], sizes[1], sizes[2]
     dtype, width, values, step = q.dtype, q.shape[1], v.shape[1], lanes(q)
     room, broad, wide = -(-keys // step) * step, -(-width // step) * step, -(-values // step) * step
@@ -217,19 +230,19 @@ def attend_backward(
     weights, slopes = np.zeros((4, room), dtype), np.zeros((4, room), dtype)
     along, logs, sums = np.zeros(4, dtype), np.zeros(4, dtype), np.zeros(4, dtype)
     for pair in range(first, last):
-        beta = betas[pair % heads]
-        _transpose(k, _place(pair, heads, steps[1]), steps[1][2], keys, columns)
-        _copy(k, _place(pair, heads, steps[1]), steps[1][2], keys, held)
-        _transpose(v, _place(pair, heads, steps[2]), steps[2][2], keys, value_columns)
+        beta = betas[pair % len(betas)]
+        _transpose(k, _place(pair, heads, places[1]), places[1, _TOKEN], keys, columns)
+        _copy(k, _place(pair, heads, places[1]), places[1, _TOKEN], keys, held)
+        _transpose(v, _place(pair, heads, places[2]), places[2, _TOKEN], keys, value_columns)
         by_held[:], by_values[:], by_keys[:] = 0, 0, 0
         turned = nothing
         for begin in range(0, queries, 4):
             rows = min(4, queries - begin)
-            _copy(q, _place(pair, heads, steps[0]) + begin * steps[0][2], steps[0][2], rows, near)
-            _copy(upstream, _place(pair, heads, steps[4]) + begin * steps[4][2], steps[4][2], rows, above)
+            _copy(q, _place(pair, heads, places[0]) + begin * places[0, _TOKEN], places[0, _TOKEN], rows, near)
+            _copy(upstream, _place(pair, heads, places[4]) + begin * places[4, _TOKEN], places[4, _TOKEN], rows, above)
             above[rows:] = 0  # rows that are no queries contribute nothing
             for i in range(rows):
-                at, sum_ = _place(pair, heads, steps[3]) + (begin + i) * steps[3][2], dtype.type(0)
+                at, sum_ = _place(pair, heads, places[3]) + (begin + i) * places[3, _TOKEN], dtype.type(0)
                 for c in range(values):
                     sum_ += above[i, c] * out[at, c]
                 along[i], logs[i] = sum_, logarithms[pair, begin + i]
@@ -283,7 +296,7 @@ def attend_backward(
                 store(row, 1, c, two * o1)
                 store(row, 2, c, two * o2)
                 store(row, 3, c, two * o3)
-            _give(row, rows, by_q, _place(pair, heads, steps[5]) + begin * steps[5][2], steps[5][2])
+            _give(row, rows, by_q, _place(pair, heads, places[5]) + begin * places[5, _TOKEN], places[5, _TOKEN])
             for c in range(0, wide, step):
                 g0, g1, g2, g3 = load(above, 0, c), load(above, 1, c), load(above, 2, c), load(above, 3, c)
                 for j in range(most):
@@ -294,7 +307,7 @@ def attend_backward(
             factor = splat(by_keys[0, j])
             for c in range(0, broad, step):
                 store(by_held, j, c, two * (load(by_held, j, c) - factor * load(held, j, c)))
-        _give(by_held, keys, by_k, _place(pair, heads, steps[6]), steps[6][2])
-        _give(by_values, keys, by_v, _place(pair, heads, steps[7]), steps[7][2])
+        _give(by_held, keys, by_k, _place(pair, heads, places[6]), places[6, _TOKEN])
+        _give(by_values, keys, by_v, _place(pair, heads, places[7]), places[7, _TOKEN])
         if not is_double:
             by_beta[pair] = total(turned)

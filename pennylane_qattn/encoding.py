@@ -126,16 +126,18 @@ def normalise(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch feat
         return _unit_and_scale(x)[0]
     if x.requires_grad and torch.is_grad_enabled():
         return _Normalise.apply(x)
-    return _normalised(x)[0]
+    return _normalised(x, with_inverse=False)[0]
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The unit vector, and 1 / norm: by a kernel where there is one."""
+def _normalised(x: Tensor, with_inverse: bool) -> tuple[Tensor, Tensor]:
+    """The unit vector, and 1 / norm: by a kernel where there is one, which leaves out the second if nobody wants it."""
     if kernels.serve(x):
-        unit, inverse = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(*x.shape[:-1], 1)
-        rows = [t.reshape(-1, t.shape[-1]) for t in (x, unit, inverse)]
+        vectors = x.detach().numpy()  # arrays of NumPy are made in less time than tensors
+        unit = np.empty(vectors.shape, vectors.dtype)
+        inverse = np.empty((*vectors.shape[:-1], 1) if with_inverse else (0, 1), vectors.dtype)
+        rows = [array.reshape(-1, array.shape[-1]) for array in (vectors, unit, inverse)]
         kernels.run(_normalise_rows, len(rows[0]), *rows)
-        return unit, inverse
+        return torch.from_numpy(unit), torch.from_numpy(inverse)
     if cuda_kernels.serve_vectors(x):
         return cuda_kernels.normalise(x)
     return _unit_and_scale(x)[:2]
@@ -160,7 +162,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        unit, inverse = _normalised(x)
+        unit, inverse = _normalised(x, with_inverse=True)
         ctx.save_for_backward(x, unit, inverse)
         return unit
 
@@ -181,7 +183,8 @@ class _Normalise(torch.autograd.Function):
 
 @kernels.compiled
 def _normalise_rows(x, unit, inverse, first, last):
-    """`_unit_and_scale`, row by row."""
+    """`_unit_and_scale`, row by row; `inverse` may be without rows."""
+    with_inverse = len(inverse) > 0
     for row in range(first, last):
         total = x.dtype.type(0)
         for i in range(x.shape[1]):
@@ -190,7 +193,8 @@ def _normalise_rows(x, unit, inverse, first, last):
             factor = x.dtype.type(1) / np.sqrt(total)
             for i in range(x.shape[1]):
                 unit[row, i] = x[row, i] * factor
-            inverse[row, 0] = factor
+            if with_inverse:
+                inverse[row, 0] = factor
             continue
         scale, is_zero = x.dtype.type(0), True
         for i in range(x.shape[1]):
@@ -199,7 +203,8 @@ def _normalise_rows(x, unit, inverse, first, last):
         if is_zero:
             unit[row] = 0
             unit[row, 0] = 1
-            inverse[row, 0] = 0
+            if with_inverse:
+                inverse[row, 0] = 0
             continue
         total = x.dtype.type(0)
         for i in range(x.shape[1]):
@@ -208,7 +213,8 @@ def _normalise_rows(x, unit, inverse, first, last):
         factor = x.dtype.type(1) / np.sqrt(total)
         for i in range(x.shape[1]):
             unit[row, i] *= factor
-        inverse[row, 0] = factor / scale
+        if with_inverse:
+            inverse[row, 0] = factor / scale
 
 
 @kernels.compiled

@@ -22,7 +22,7 @@ from pennylane_qattn.execution import Execution, Executor, make_executor
 from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
-from pennylane_qattn.precision import at_least_float32
+from pennylane_qattn.precision import at_least_float32, cast, promoted, widened
 from pennylane_qattn.quadratic import quadratic_forms
 from pennylane_qattn.transforms import is_transformed, values_of, without_autocast
 
@@ -85,13 +85,13 @@ class PerHeadFeatureMap(FeatureMap):
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
         batch, seq, _ = x.shape
         with without_autocast(x.device):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = widened(x)
             if self.split:
                 inputs = wide.reshape(batch * seq, self.num_heads, self.in_features).transpose(0, 1)
             else:
                 inputs = wide.reshape(1, batch * seq, self.embed_dim)
-            features = self.per_head(inputs).to(x.dtype)
-        return features.unflatten(1, (batch, seq)).transpose(0, 1)
+            features = cast(self.per_head(inputs), x.dtype)
+        return features.view(self.num_heads, batch, seq, -1).transpose(0, 1)
 
     @abstractmethod
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
@@ -137,7 +137,7 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
             drawn = [check_words(words, self.num_wires)] * num_heads
         codes = np.stack([encode_words(head) for head in drawn])
         self.register_buffer("word_codes", torch.as_tensor(codes))
-        self._measured = codes.copy()
+        self._measured, self._as_bytes = codes.copy(), codes.tobytes()
         self._mark: tuple[Tensor, int, int] | None = None
 
     @property
@@ -162,7 +162,7 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
             values = values_of(codes)
         elif codes.device.type == "cpu":
             values = codes.detach().numpy()
-            if values.shape == self._measured.shape and values.tobytes() == self._measured.tobytes():
+            if values.shape == self._measured.shape and values.tobytes() == self._as_bytes:
                 return  # in a microsecond
         else:
             if not codes.is_inference():
@@ -188,6 +188,7 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
 
     def prepare(self) -> None:
         self._measured, self._mark = values_of(self.word_codes).copy(), None
+        self._as_bytes = self._measured.tobytes()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         codes = state_dict.get(f"{prefix}word_codes")
@@ -268,8 +269,7 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         self.prepare()
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
-        dtype = torch.promote_types(x.dtype, self.weights.dtype)
-        return self.executor.expectations(x.to(dtype), self.weights.to(dtype))
+        return self.executor.expectations(*promoted(x, self.weights))
 
     def prepare(self) -> None:
         super().prepare()
@@ -299,8 +299,7 @@ class StateFeatureMap(CircuitFeatureMap):
         return make_executor(self.circuits, execution, index, for_states=True, meter=meter)
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
-        dtype = torch.promote_types(x.dtype, self.weights.dtype)
-        return self.executor.states(x.to(dtype), self.weights.to(dtype))
+        return self.executor.states(*promoted(x, self.weights))
 
 
 def draw_matrices(num_heads: int, size: int) -> nn.Parameter:
@@ -343,12 +342,11 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         self.prepare()
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        x, weight = x.to(dtype), self.weight.to(dtype)
+        x, weight = promoted(x, self.weight)
         padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
         if self._measurement.serves(x):
             return self._measurement(x, padded)
-        fold = self._fold(dtype, weight.device)
+        fold = self._fold(weight.dtype, weight.device)
         rows, signs = self._readouts(lambda: fold.readout(from_real(padded)), weight)
         return quadratic_forms(x, rows, signs)
 

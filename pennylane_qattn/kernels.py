@@ -30,9 +30,12 @@ SWITCH = "QATTN_KERNELS"
 
 def serve(*tensors: Tensor) -> bool:
     """Whether kernels are there, and can work on these: float32 or float64 in the CPU's memory, no transformed call."""
-    if numba is None or is_transformed() or os.environ.get(SWITCH, "1") == "0":
+    if numba is None or is_transformed() or (SWITCH in os.environ and os.environ[SWITCH] == "0"):
         return False
-    return all(t.is_cpu and t.dtype in _DTYPES and is_plain(t) for t in tensors)
+    for t in tensors:
+        if not (t.is_cpu and t.dtype in _DTYPES and is_plain(t)):
+            return False
+    return True
 
 
 def compiled(function: Callable) -> Callable:
@@ -56,12 +59,17 @@ def inlined(function: Callable) -> Callable:
     return function if numba is None else numba.njit(inline="always")(inspect.unwrap(function))
 
 
-def run(kernel: Callable, number: int, *arguments: Tensor | np.ndarray | np.generic | int, each: int = 1) -> None:
+def run(
+    kernel: Callable, number: int, *arguments: Tensor | np.ndarray | np.generic | int | tuple, each: int = 1
+) -> None:
     """Runs a kernel on so many tokens, or sequences of `each` tokens, divided among as many threads as torch has.
 
     Each thread writes to its own tokens, so their number does not matter to the result.
     """
     plain = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    if number * each < 2 * _SHARE:
+        kernel(*plain, 0, number)
+        return
     parts = max(1, min(torch.get_num_threads(), number, number * each // _SHARE))
     step = max(1, _STEP // each)
     edges = [number * part // parts // step * step for part in range(parts)] + [number]

@@ -16,14 +16,16 @@ from pennylane_qattn import cuda_kernels, kernels
 from pennylane_qattn.fused_words import FusedWords
 from pennylane_qattn.observables import group_words
 from pennylane_qattn.transforms import is_batched, ordinary_mode, without_autocast
-from pennylane_qattn.word_kernels import WordPairs, measure, measure_backward
+from pennylane_qattn.word_kernels import WordPairs, measure, measure_backward, measure_few
 from pennylane_qattn.word_tables import WordTable
 
 #: Elements of the states that are made at a time: half a MiB in float32, which a second-level cache holds.
 BLOCK_ELEMENTS = 2**17
 #: The same on a GPU: a quarter of a GiB.
 DEVICE_BLOCK_ELEMENTS = 2**26
-#: Fewer tokens, as in generation, are done before a kernel has been called, if matrices are no larger than that.
+#: So many tokens, as in generation, have a kernel that makes their states, too; then, up to a number that is worth two
+#: calls, changes of basis take less if their matrices are no larger than that.
+FEW_TOKENS = 4
 FEWEST_TOKENS = 32
 _SMALL_MATRICES = 2**16
 #: What a term of a kernel costs, counted in multiplications of a matrix product.
@@ -75,7 +77,7 @@ class WordMeasurement:
             return False
         settings, amplitudes, words = self._count_settings(), a.shape[-1], len(self.words[0])
         matrices = len(self.words) * settings * 2 ** len(self.words[0][0]) * amplitudes
-        if not on_gpu and a.shape[1] < FEWEST_TOKENS and matrices <= _SMALL_MATRICES:
+        if not on_gpu and FEW_TOKENS < a.shape[1] < FEWEST_TOKENS and matrices <= _SMALL_MATRICES:
             return False
         return amplitudes + _TERM_COST * self._distinct <= settings * (amplitudes + words)
 
@@ -98,7 +100,8 @@ class WordMeasurement:
         if not cuda_kernels.serve(a):
             if a.dtype not in self._pairs:
                 self._pairs[a.dtype] = WordPairs.of(self.words, self.is_complex, _numpy_dtype(a.dtype))
-            return _Measure.apply(a, rows, self._pairs[a.dtype], self)
+            pairs = self._pairs[a.dtype]
+            return _Measure.apply(a, rows, pairs, self) if torch.is_grad_enabled() else _values(a, rows, pairs)
         if (a.dtype, a.device) not in self._on_devices:
             self._on_devices[a.dtype, a.device] = cuda_kernels.DeviceWords(self.tables(a.dtype), a)
         return _MeasureOnDevice.apply(a, rows, self._on_devices[a.dtype, a.device], self)
@@ -114,24 +117,32 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return np.dtype(str(dtype).removeprefix("torch."))
 
 
+def _values(a: Tensor, rows: Tensor, pairs: WordPairs) -> Tensor:
+    heads, tokens = rows.shape[0], a.shape[1]
+    if tokens <= FEW_TOKENS:
+        values = np.empty((heads, tokens, pairs.place.shape[1]), pairs.coefficients.dtype)
+        kernels.run(measure_few, tokens, a.contiguous(), rows.contiguous(), *pairs, values)
+        return torch.from_numpy(values)
+    out = a.new_empty(heads, tokens, pairs.place.shape[1])
+    if heads * tokens <= _block_size(rows):  # a single call for all of them
+        made = torch.bmm(rows, a.expand(heads, -1, -1).transpose(1, 2))
+        kernels.run(measure, tokens, made, *pairs, out)
+        return out
+    states = _buffer(rows, tokens)
+    for head, inputs in enumerate(a.expand(heads, -1, -1)):
+        of_head = pairs.of_head(head)
+        for part in _blocks(inputs, rows):
+            made = torch.mm(rows[head], inputs[part].T, out=states[:, : len(inputs[part])])
+            kernels.run(measure, made.shape[1], made[None], *of_head, out[head : head + 1, part])
+    return out
+
+
 class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, rows: Tensor, pairs: WordPairs, words: WordMeasurement) -> Tensor:
         ctx.save_for_backward(a, rows)
         ctx.pairs, ctx.words = pairs, words
-        heads, tokens = rows.shape[0], a.shape[1]
-        out = a.new_empty(heads, tokens, pairs.place.shape[1])
-        if heads * tokens <= _block_size(rows):  # a single call for all of them
-            made = torch.bmm(rows, a.expand(heads, -1, -1).transpose(1, 2))
-            kernels.run(measure, tokens, made, *pairs, out)
-            return out
-        states = _buffer(rows, tokens)
-        for head, inputs in enumerate(a.expand(heads, -1, -1)):
-            of_head = pairs.of_head(head)
-            for part in _blocks(inputs, rows):
-                made = torch.mm(rows[head], inputs[part].T, out=states[:, : len(inputs[part])])
-                kernels.run(measure, made.shape[1], made[None], *of_head, out[head : head + 1, part])
-        return out
+        return _values(a, rows, pairs)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):

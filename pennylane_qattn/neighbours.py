@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pennylane_qattn.precision import cast
+
 
 @dataclass(frozen=True)
 class Recent:
@@ -24,12 +26,12 @@ class Recent:
 
     Attributes:
         inputs: their embeddings, 0 where there is no token.
-        times: their places in time, -1 where there is no token.
+        times: their places in time, -1 where there is no token; `None`: their places in memory, and nobody is padding.
         in_order: tokens stand in time as in memory.
     """
 
     inputs: Float[Tensor, "batch held embed"]
-    times: Int[Tensor, "batch held"]
+    times: Int[Tensor, "batch held"] | None = None
     in_order: bool = True
 
 
@@ -63,15 +65,20 @@ def join_neighbours(
     batch, seq, embed = x.shape
     held = span - 1
     if recent is None:
-        recent = Recent(x.new_zeros(batch, held, embed), torch.full((batch, held), -1, device=x.device))
+        recent = Recent(x.new_zeros(batch, held, embed))
+    inputs = torch.cat((cast(recent.inputs, x.dtype), x), dim=1)
+    if recent.times is None and padding is None and positions is None:
+        return _side_by_side(inputs, span), Recent(inputs.narrow(1, seq, held))
     in_order = recent.in_order and positions is None
     if positions is None:
         positions = torch.arange(past, past + seq, device=x.device).expand(batch, -1)
-    inputs = torch.cat((recent.inputs.to(x.dtype), x), dim=1)
-    times = torch.cat((recent.times, positions if padding is None else positions.masked_fill(padding, -1)), dim=1)
+    before = recent.times
+    if before is None:  # numbers below 0 are of no token, like -1
+        before = torch.arange(past - held, past, device=x.device).clamp(min=-1).expand(batch, -1)
+    times = torch.cat((before, positions if padding is None else positions.masked_fill(padding, -1)), dim=1)
     if in_order and padding is None:
         return _side_by_side(inputs, span), Recent(inputs.narrow(1, seq, held), times.narrow(1, seq, held))
-    _check_order(recent.times, times[:, held:])
+    _check_order(before, times[:, held:])
     order = times.argsort(dim=1, stable=True)  # what is no token comes first
     times = times.gather(1, order)
     inputs = inputs.gather(1, order[..., None].expand(-1, -1, embed)).masked_fill(times[..., None] < 0, 0.0)

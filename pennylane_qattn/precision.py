@@ -16,3 +16,19 @@ def at_least_float32(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
         return moved
 
     return converted
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without the microsecond that it takes where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better."""
+    return cast(tensor, torch.promote_types(tensor.dtype, torch.float32))
+
+
+def promoted(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that holds either."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return cast(one, dtype), cast(other, dtype)

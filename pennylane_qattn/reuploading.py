@@ -28,6 +28,7 @@ from pennylane_qattn.executor import Executor
 from pennylane_qattn.features import _MeasuredFeatureMap, default_dtype
 from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.planning import Plan
+from pennylane_qattn.precision import promoted
 from pennylane_qattn.quadratic import quadratic_forms
 
 
@@ -75,13 +76,12 @@ class ReuploadedFeatureMap(_MeasuredFeatureMap):
         self.prepare()
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
-        dtype = torch.promote_types(x.dtype, self.weights.dtype)
-        x, weights = x.to(dtype), self.weights.to(dtype)
-        fold = self._fold(dtype, x.device)
+        x, weights = promoted(x, self.weights)
+        fold = self._fold(x.dtype, x.device)
         to_real, to_imaginary = self._states(lambda: self._first(fold, weights), weights)
         unit = normalise(x)
         real, imaginary = unit @ to_real, unit @ to_imaginary
-        phases = F.pad(x, (0, 2**self.num_wires - self.in_features)) * self.phase_scale.to(dtype)[:, None, None]
+        phases = F.pad(x, (0, 2**self.num_wires - self.in_features)) * self.phase_scale.to(x.dtype)[:, None, None]
         cosine, sine = phases.cos(), phases.sin()
         state = torch.cat((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1)
         rows, signs = self._readouts(lambda: self._second(fold, weights), weights)

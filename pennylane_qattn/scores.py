@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pennylane_qattn import distance_attention, double_exponential
 from pennylane_qattn.augmentation import Layout, augment
+from pennylane_qattn.precision import widened
 from pennylane_qattn.transforms import without_autocast
 
 #: Fused attention kernels want query, key and value of one width that is a multiple of this.
@@ -239,10 +240,10 @@ class PublishedGaussianScore(DistanceScore):
     is_structured = True
 
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        return _at_least_float32(q)
+        return widened(q)
 
     def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        return _at_least_float32(k)
+        return widened(k)
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
@@ -282,7 +283,7 @@ class OverlapScore(Score):
         self.strength = nn.Parameter(torch.full((num_heads,), float(strength)))
 
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
-        return q if self.complex_states else F.normalize(_at_least_float32(q), dim=-1)
+        return q if self.complex_states else F.normalize(widened(q), dim=-1)
 
     def keys(self, k: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
         return self.queries(k)
@@ -301,7 +302,3 @@ class OverlapScore(Score):
 def _positive_parameter(num_heads: int, start: float) -> nn.Parameter:
     """The inverse of softplus at a starting value: softplus of it stays positive."""
     return nn.Parameter(torch.full((num_heads,), start + math.log(-math.expm1(-start))))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

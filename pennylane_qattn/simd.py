@@ -11,10 +11,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-try:
-    import numba
-except ImportError:
-    numba = None
+from pennylane_qattn.kernels import inlined, numba
 
 #: Bits of a vector.
 BITS = 512
@@ -30,8 +27,10 @@ def _unavailable(name: str) -> Callable:
 
 
 if numba is None:
-    names = "lanes load store item splat total largest maximum exp where_first"
-    lanes, load, store, item, splat, total, largest, maximum, exp, where_first = map(_unavailable, names.split())
+    names = "rows_at lanes load store item splat total largest maximum exp where_first"
+    rows_at, lanes, load, store, item, splat, total, largest, maximum, exp, where_first = map(
+        _unavailable, names.split()
+    )
 else:
     from llvmlite import ir
     from numba.core import cgutils, types
@@ -85,6 +84,20 @@ else:
     def _pointer(context, builder, kind, *place):
         value = context.get_value_type(VectorType(kind.dtype))
         return builder.bitcast(_place(context, builder, kind, *place), value.as_pointer()), kind.dtype.bitwidth // 8
+
+    @intrinsic
+    def _numbers_at(typing, address, like):
+        kind = types.CPointer(like)
+
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(kind))
+
+        return kind(types.intp, like), generate
+
+    @inlined
+    def rows_at(address, number, width, like):
+        """The array of so many rows that begins at an address in memory, its numbers of the dtype of another one."""
+        return numba.carray(_numbers_at(address, like), (number, width))
 
     @intrinsic
     def lanes(typing, array):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_NOTHING = contextlib.nullcontext()
+
 
 def is_transformed() -> bool:
     """Whether this call is being compiled, transformed by `torch.func`, or differentiated in forward mode.
@@ -23,7 +25,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Operations keep the precision of what they are given; costs nothing where they do so anyhow."""
     if is_transformed() or torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def is_batched(tensor: Tensor) -> bool:

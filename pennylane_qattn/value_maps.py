@@ -24,6 +24,7 @@ from pennylane_qattn.features import (
     default_dtype,
     draw_matrices,
 )
+from pennylane_qattn.precision import promoted
 from pennylane_qattn.quadratic import plain_quadratic_forms
 
 #: Largest table of random forms of one map, in bytes of float32.
@@ -121,9 +122,8 @@ class RandomAbsorbedFeatureMap(RandomQuadraticFeatureMap):
         self.weight = draw_matrices(num_heads, self.in_features)
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        u = x.to(dtype) @ self.weight.to(dtype).transpose(-2, -1)
-        return evaluate_forms(u, self.forms.to(dtype))
+        x, weight = promoted(x, self.weight)
+        return evaluate_forms(x @ weight.transpose(-2, -1), self.forms.to(x.dtype))
 
 
 class LearnedQuadraticFeatureMap(PerHeadFeatureMap):
@@ -156,8 +156,8 @@ class LearnedQuadraticFeatureMap(PerHeadFeatureMap):
         self.readout_weight = _uniform((num_heads, rank, out_features), variance=1.0)
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return plain_quadratic_forms(normalise(x.to(dtype)), self.weight.to(dtype), self.readout_weight.to(dtype))
+        x, weight = promoted(x, self.weight)
+        return plain_quadratic_forms(normalise(x), weight, self.readout_weight.to(x.dtype))
 
 
 class RectifiedFeatureMap(LearnedQuadraticFeatureMap):
@@ -167,9 +167,9 @@ class RectifiedFeatureMap(LearnedQuadraticFeatureMap):
     """
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        hidden = normalise(x.to(dtype)) @ self.weight.to(dtype).transpose(1, 2)
-        return hidden.relu() @ self.readout_weight.to(dtype)
+        x, weight = promoted(x, self.weight)
+        hidden = normalise(x) @ weight.transpose(1, 2)
+        return hidden.relu() @ self.readout_weight.to(x.dtype)
 
 
 class LearnedCircuitFeatureMap(FeatureMap):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pennylane_qattn.kernels import compiled, inlined
-from pennylane_qattn.simd import item, lanes, load, splat, store
+from pennylane_qattn.simd import item, lanes, load, splat, store, total
 
 #: Which products two words sum up: squares of amplitudes; real parts, imaginary parts, or the first word real and the
 #: second imaginary parts of products of two; and of real states squares, and products of two.
@@ -144,58 +144,96 @@ def _read(states, begin, tokens, block):
                 block[row, t] = states[row, begin + t]
 
 
+@inlined
+def _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients):
+    """The values `(words, lane)` of a head's distinct words in the states `(rows, lane)` of a block."""
+    nothing, dim = splat(block.dtype.type(0)), len(block) // 2
+    for two in range(firsts[head], firsts[head + 1]):
+        kind, to, a, b = kinds[two], offsets[two] - begins[two], nothing, nothing
+        if kind == _SQUARES:
+            for p in range(begins[two], ends[two]):
+                i = item(pairs, p, 0)
+                x, y = load(block, i, 0), load(block, dim + i, 0)
+                x = x * x + y * y
+                a = a + splat(item(coefficients, to + p, 0)) * x
+                b = b + splat(item(coefficients, to + p, 1)) * x
+        elif kind == _REAL:
+            for p in range(begins[two], ends[two]):
+                i, j = item(pairs, p, 0), item(pairs, p, 1)
+                x = load(block, i, 0) * load(block, j, 0) + load(block, dim + i, 0) * load(block, dim + j, 0)
+                a = a + splat(item(coefficients, to + p, 0)) * x
+                b = b + splat(item(coefficients, to + p, 1)) * x
+        elif kind == _IMAGINARY:
+            for p in range(begins[two], ends[two]):
+                i, j = item(pairs, p, 0), item(pairs, p, 1)
+                x = load(block, i, 0) * load(block, dim + j, 0) - load(block, dim + i, 0) * load(block, j, 0)
+                a = a + splat(item(coefficients, to + p, 0)) * x
+                b = b + splat(item(coefficients, to + p, 1)) * x
+        elif kind == _BOTH:
+            for p in range(begins[two], ends[two]):
+                i, j = item(pairs, p, 0), item(pairs, p, 1)
+                x, y, u, v = (
+                    load(block, i, 0),
+                    load(block, dim + i, 0),
+                    load(block, j, 0),
+                    load(block, dim + j, 0),
+                )
+                a = a + splat(item(coefficients, to + p, 0)) * (x * u + y * v)
+                b = b + splat(item(coefficients, to + p, 1)) * (x * v - y * u)
+        else:  # of real states
+            for p in range(begins[two], ends[two]):
+                x = load(block, item(pairs, p, 0), 0) * load(block, item(pairs, p, 1), 0)
+                a = a + splat(item(coefficients, to + p, 0)) * x
+                b = b + splat(item(coefficients, to + p, 1)) * x
+        store(values, words[two, 0], 0, a)
+        store(values, words[two, 1], 0, b)
+
+
 @compiled
 def measure(
     states, firsts, kinds, words, begins, ends, offsets, pairs, coefficients, place, most, out, first, last
 ):  # fmt: skip
     """The value of every word of every head, `out[head, token, word]`, in `states[head, row, token]`."""
     heads, rows, _ = states.shape
-    step, nothing, dim = lanes(states), splat(states.dtype.type(0)), rows // 2
+    step = lanes(states)
     block, values = np.zeros((rows, step), states.dtype), np.zeros((most + 1, step), states.dtype)
     for head in range(heads):
         values[:] = 0  # of words that no two has
         for begin in range(first, last, step):
             tokens = min(step, last - begin)
             _read(states[head], begin, tokens, block)
-            for two in range(firsts[head], firsts[head + 1]):
-                kind, to, a, b = kinds[two], offsets[two] - begins[two], nothing, nothing
-                if kind == _SQUARES:
-                    for p in range(begins[two], ends[two]):
-                        i = item(pairs, p, 0)
-                        x, y = load(block, i, 0), load(block, dim + i, 0)
-                        x = x * x + y * y
-                        a = a + splat(item(coefficients, to + p, 0)) * x
-                        b = b + splat(item(coefficients, to + p, 1)) * x
-                elif kind == _REAL:
-                    for p in range(begins[two], ends[two]):
-                        i, j = item(pairs, p, 0), item(pairs, p, 1)
-                        x = load(block, i, 0) * load(block, j, 0) + load(block, dim + i, 0) * load(block, dim + j, 0)
-                        a = a + splat(item(coefficients, to + p, 0)) * x
-                        b = b + splat(item(coefficients, to + p, 1)) * x
-                elif kind == _IMAGINARY:
-                    for p in range(begins[two], ends[two]):
-                        i, j = item(pairs, p, 0), item(pairs, p, 1)
-                        x = load(block, i, 0) * load(block, dim + j, 0) - load(block, dim + i, 0) * load(block, j, 0)
-                        a = a + splat(item(coefficients, to + p, 0)) * x
-                        b = b + splat(item(coefficients, to + p, 1)) * x
-                elif kind == _BOTH:
-                    for p in range(begins[two], ends[two]):
-                        i, j = item(pairs, p, 0), item(pairs, p, 1)
-                        x, y, u, v = (
-                            load(block, i, 0),
-                            load(block, dim + i, 0),
-                            load(block, j, 0),
-                            load(block, dim + j, 0),
-                        )
-                        a = a + splat(item(coefficients, to + p, 0)) * (x * u + y * v)
-                        b = b + splat(item(coefficients, to + p, 1)) * (x * v - y * u)
-                else:  # of real states
-                    for p in range(begins[two], ends[two]):
-                        x = load(block, item(pairs, p, 0), 0) * load(block, item(pairs, p, 1), 0)
-                        a = a + splat(item(coefficients, to + p, 0)) * x
-                        b = b + splat(item(coefficients, to + p, 1)) * x
-                store(values, words[two, 0], 0, a)
-                store(values, words[two, 1], 0, b)
+            _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
+            for t in range(tokens):
+                for word in range(place.shape[1]):
+                    out[head, begin + t, word] = item(values, item(place, head, word), t)
+
+
+@compiled
+def measure_few(
+    a, matrices, firsts, kinds, words, begins, ends, offsets, pairs, coefficients, place, most, out, first, last
+):  # fmt: skip
+    """The same of the states `matrices[head] @ a[head, token]`, or of `a[0, token]` where all heads have the same.
+
+    One call in place of two, for few tokens, whose states are made one by one.
+    """
+    (heads, rows, width), step = matrices.shape, lanes(matrices)
+    block, values = np.zeros((rows, step), a.dtype), np.zeros((most + 1, step), a.dtype)
+    whole, nothing = width // step * step, splat(a.dtype.type(0))
+    for head in range(heads):
+        values[:] = 0
+        matrix, inputs = matrices[head], a[head % len(a)]
+        for begin in range(first, last, step):
+            tokens = min(step, last - begin)
+            for t in range(tokens):
+                for row in range(rows):
+                    sums = nothing
+                    for c in range(0, whole, step):
+                        sums = sums + load(matrix, row, c) * load(inputs, begin + t, c)
+                    amplitude = total(sums)
+                    for c in range(whole, width):
+                        amplitude += item(matrix, row, c) * item(inputs, begin + t, c)
+                    block[row, t] = amplitude
+            _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
             for t in range(tokens):
                 for word in range(place.shape[1]):
                     out[head, begin + t, word] = item(values, item(place, head, word), t)

@@ -19,6 +19,7 @@ from pennylane_qattn.devices import Meter
 from pennylane_qattn.execution import Execution
 from pennylane_qattn.grover import amplification as closed_form
 from pennylane_qattn.grover.circuits import Amplification, RowExecutor
+from pennylane_qattn.precision import widened
 from pennylane_qattn.scores import ScaledDotScore
 
 #: Ways to mark keys. `softmax` marks by :math:`e^{s - \max s}`, which needs neither threshold nor temperature.
@@ -217,7 +218,7 @@ class AmplificationScore(ScaledDotScore):
     ) -> Amplified:
         """The weights of every row, and how they came about. Each row needs a key that is visible."""
         with torch.autocast(scores.device.type, enabled=False):
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            scores = widened(scores)
             allowed = _allowed(scores, visible)
             num_keys = allowed.sum(-1, keepdim=True)
             f = self._marks(scores, visible, num_keys)

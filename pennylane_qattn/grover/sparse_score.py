@@ -23,6 +23,7 @@ from pennylane_qattn.grover.support import (
     threshold_support,
     top_support,
 )
+from pennylane_qattn.precision import widened
 from pennylane_qattn.scores import GaussianScore, ScaledDotScore, Score
 from pennylane_qattn.transforms import is_transformed
 
@@ -121,7 +122,7 @@ class SparseScore(Score):
         visible: Bool[Tensor, "#batch #heads queries keys"] | None,
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The weights with every entry: for looking, for dropout, and where positions are no plain triangle."""
-        s = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        s = widened(scores)
         if not s.numel():
             return s
         allowed = torch.ones_like(s, dtype=torch.bool) if visible is None else visible.expand(s.shape)

@@ -12,7 +12,21 @@ def test_by_hand():
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
     joint, recent = join_neighbours(x, 2)
     assert joint.tolist() == [[[0, 1, 0, 2], [1, 3, 2, 4], [3, 5, 4, 6]]]
-    assert recent.inputs.tolist() == [[[5, 6]]] and recent.times.tolist() == [[2]]
+    assert recent.inputs.tolist() == [[[5, 6]]] and recent.times is None
+
+
+def test_tokens_without_positions_have_those_of_memory():
+    """As soon as others have positions or padding; what lies before the first is no token."""
+    x = torch.arange(1.0, 5)[None, :, None]
+    _, recent = join_neighbours(x[:, :1], 3)
+    joint, recent = join_neighbours(x[:, 1:2], 3, torch.tensor([[False]]), recent=recent, past=1)
+    assert joint.tolist() == [[[0, 1, 2]]] and recent.times.tolist() == [[0, 1]] and recent.in_order
+    _, recent = join_neighbours(x[:, :1], 3)
+    joint, recent = join_neighbours(x[:, 1:], 3, positions=torch.tensor([[3, 1, 2]]), recent=recent, past=1)
+    assert joint.tolist() == [[[3, 4, 2], [0, 1, 3], [1, 3, 4]]] and recent.times.tolist() == [[2, 3]]
+    _, recent = join_neighbours(x[:, :2], 2)
+    with pytest.raises(ValueError, match="must come in the order of time; got position 0 after 1"):
+        join_neighbours(x[:, 2:3], 2, positions=torch.tensor([[0]]), recent=recent, past=2)
 
 
 def test_padding_joins_nobody():
