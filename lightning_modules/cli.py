@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
     "grover": Command(
         "lightning_modules.grover_command:grover",
         "count what Grover search would do for attention: calls, errors, resources; of a checkpoint or random rows",
-        "qattn grover --checkpoint runs/qisa-16",
+        "qattn grover --checkpoint runs/classical-16",
     ),
     "draw": Command(
         "lightning_modules.circuit_commands:draw",

@@ -85,7 +85,7 @@ def new(argv: list[str]) -> None:
         file.write(text)
     label = LEAKS if mechanism.is_published else ""
     print(with_label(f"written: {path}; go on with", label))
-    print(f"qattn fit --config {shlex.quote(str(path))}")
+    print(_fit(path, mechanism))
 
 
 def _parser() -> Parser:
@@ -106,6 +106,16 @@ def _parser() -> Parser:
     return parser
 
 
+def _fit(path: Path, mechanism: type[Mechanism]) -> str:
+    return f"qattn fit --config {shlex.quote(str(path))}{_trusted(mechanism)}"
+
+
+def _trusted(mechanism: type[Mechanism]) -> str:
+    """The option that commands need for a mechanism of the user's own."""
+    package = mechanism.__module__.partition(".")[0]
+    return "" if package in trust.OWN else f" {trust.OPTION} {package}"
+
+
 def config_text(chosen: dict[str, Any], config: GPTConfig, path: Path) -> str:
     """The config as commented YAML.
 
@@ -116,9 +126,8 @@ def config_text(chosen: dict[str, Any], config: GPTConfig, path: Path) -> str:
     """
     parser = parser_of("fit")
     helps = {action.dest: action.help for action in parser._actions}
-    package = chosen["model.attention"].__module__.partition(".")[0]
-    trusted = "" if package in trust.OWN else f" {trust.OPTION} {package}"
-    fit = f"qattn fit --config {shlex.quote(str(path))}{trusted}"
+    mechanism = chosen["model.attention"]
+    fit, trusted = _fit(path, mechanism), _trusted(mechanism)
     lines = HEADER.format(fit=fit, trusted=trusted, folder=shlex.quote(f"runs/{chosen['run']}")).splitlines()
     above: list[str] = []
     for option in OPTIONS:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib
+import matplotlib.image
+import numpy as np
 import torch
 from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
@@ -252,13 +254,21 @@ WEIGHTS = LinearSegmentedColormap.from_list("weights", [(*HUE, 0.0), (*HUE, 1.0)
 WEIGHTS = WEIGHTS.with_extremes(bad=(0.9, 0.3, 0.2, 0.5))
 
 
-def _draw_map(axes, weights: Any, labels: Sequence[str]) -> None:
+def _scale() -> PowerNorm:
+    return PowerNorm(0.5, 0, 1, clip=True)
+
+
+def _has_no_future(weights: torch.Tensor) -> bool:
+    return not weights.triu(1).any()
+
+
+def _draw_map(axes, weights: torch.Tensor, labels: Sequence[str]) -> None:
     tokens = len(weights)
-    if not weights.triu(1).any():  # sets the future, where there is nothing, apart from small weights
+    if _has_no_future(weights):  # sets the future, where there is nothing, apart from small weights
         stairs = [(i - 0.5, i + rise - 0.5) for i in range(1, tokens) for rise in (-1, 0)]
         corner = [*stairs, (tokens - 0.5, tokens - 1.5), (tokens - 0.5, -0.5)]
         axes.fill(*zip(*corner, strict=True), color=INK, alpha=0.06, linewidth=0)
-    axes.imshow(weights.numpy(), cmap=WEIGHTS, norm=PowerNorm(0.5, 0, 1, clip=True), interpolation="none")
+    axes.imshow(weights.numpy(), cmap=WEIGHTS, norm=_scale(), interpolation="none")
     axes.spines[:].set(color=INK, alpha=0.35)
     step = math.ceil(tokens / 64)
     ticks = list(range(0, tokens, step))
@@ -545,8 +555,25 @@ class _InlineFigures:
 
     def __init__(self) -> None:
         self._count = 0
+        self._frames: dict[tuple, tuple[str, float]] = {}
 
     def svg(self, figure: Figure, description: str) -> Markup:
+        return self._element(*self._drawn(figure), description)
+
+    def map(self, weights: torch.Tensor, labels: Sequence[str], description: str) -> Markup:
+        """A map of attention weights. Maps of the same tokens differ in the pixels alone, so the rest is drawn once."""
+        alike = (len(weights), _has_no_future(weights), tuple(labels))
+        if alike not in self._frames:
+            self._frames[alike] = self._drawn(_map_figure(weights, labels))
+        svg, width = self._frames[alike]
+        self._count += 1
+        svg = re.sub(r'((?: id="|url\(#|href="#)[^")]+)', rf"\1-{self._count}", svg)
+        svg, images = re.subn(r"(data:image/png;base64,)[^\"]*", rf"\g<1>{_pixels(weights)}", svg)
+        assert images == 1
+        return self._element(svg, width, description)
+
+    def _drawn(self, figure: Figure) -> tuple[str, float]:
+        """The figure's SVG, without what opens it, and its width in inches."""
         self._count += 1
         # With a salt of its own, no id of the figure is another's in the page.
         svg = _svg(figure, salt=f"figure {self._count}", transparent=True).removeprefix("<svg")
@@ -554,18 +581,29 @@ class _InlineFigures:
         svg = svg.replace(INK, "currentColor")
         for index, colour in enumerate(SERIES):
             svg = svg.replace(colour, f"var(--series-{index})")
+        return svg, figure.get_size_inches()[0]
+
+    @staticmethod
+    def _element(svg: str, width: float, description: str) -> Markup:
         tag = Markup('<svg class="plot" style="width:{:.0f}px" role="img" aria-label="{}"')
-        return tag.format(figure.get_size_inches()[0] * 96, description) + Markup(svg)
+        return tag.format(width * 96, description) + Markup(svg)
+
+
+def _pixels(weights: torch.Tensor) -> str:
+    """A map as a PNG in base64, a pixel for each weight, as matplotlib puts it into an SVG."""
+    buffer = io.BytesIO()
+    colours = WEIGHTS(_scale()(np.ma.masked_invalid(weights.numpy())), bytes=True)
+    matplotlib.image.imsave(buffer, colours, format="png", metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _heads(
     figures: _InlineFigures, result: RunResult, layer: str, maps: torch.Tensor
 ) -> list[tuple[str, Markup, torch.Tensor]]:
     captions = [layer if len(maps) == 1 else f"{layer}, head {head + 1}" for head in range(len(maps))]
-    drawn = (_map_figure(one, result.attention_labels) for one in maps)
     return [
-        (caption, figures.svg(figure, f"Attention weights of {result.title}, {caption}"), one)
-        for caption, figure, one in zip(captions, drawn, maps, strict=True)
+        (caption, figures.map(one, result.attention_labels, f"Attention weights of {result.title}, {caption}"), one)
+        for caption, one in zip(captions, maps, strict=True)
     ]
 
 

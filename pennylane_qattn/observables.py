@@ -45,6 +45,8 @@ def draw_words(
 
 def check_words(words: Sequence[str], num_wires: int) -> tuple[str, ...]:
     """The words, if they are Pauli words on that many wires; `ValueError` otherwise."""
+    if isinstance(words, str):
+        raise ValueError(f"words are a sequence of Pauli words; got {words!r} by itself: write ({words!r},)")
     if not words:
         raise ValueError("at least one Pauli word is needed; got none")
     for word in words:

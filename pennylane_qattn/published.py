@@ -1,7 +1,7 @@
 r"""The published forms of QISA and QSANN, which see the future: for reproduction only.
 
-As in the authors' public code (QISA, arXiv 2603.03318): the rows of the weights :math:`w` are masked and normalised
-rightly, and then the values are multiplied by the transpose,
+As in the authors' public code (QISA, arXiv 2603.03318; QISA.py of github.com/Nikait/QISA): the rows of the weights
+:math:`w` are masked and normalised rightly, and then the values are multiplied by the transpose,
 
 .. math:: \mathrm{out}_j = \sum_{i \succeq j} w_{ij} v_i
 

@@ -189,10 +189,10 @@ class Tapes:
 
     def example(self) -> Job:
         """A circuit of the first head, to try what a device can do with it."""
-        state = np.eye(1, 2**self.num_wires)
         encoded = len([gate for gate in self.encoding_gates if gate.angle is not None])
         encoding = np.full((1, encoded), 0.3) if self.encoding.uses_gates else None
-        return Job(0, None if self.encoding.uses_gates else state, encoding, np.full(len(self._angle_of), 0.3))
+        state = None if self.encoding.uses_gates else np.eye(1, 2**self.num_wires)
+        return Job(0, state, encoding, np.full(len(self._angle_of), 0.3))
 
     def _operations(self, job: Job, broadcast: bool):
         shared = self._noisy(self._ansatz(job.angles)) if broadcast or job.angles.ndim == 1 else None

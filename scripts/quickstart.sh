@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a GPT with QISA attention and its classical twin on English text, compares them and writes runs/quickstart/.
+# Trains a GPT with QISA attention and a classical one on English text, compares them and writes runs/quickstart/.
 # Then runs the trained circuits as QNodes: some steps of training on lightning.qubit, evaluation on two devices, and
 # gradients by device and method, all beside what the folded model gives.
 # The first call installs everything that is needed into .venv; see scripts/environment.sh for the settings.

@@ -29,7 +29,7 @@ def new(capsys):
         capsys.readouterr()
         assert cli.main(["new", *options]) == 0
         *_, last = capsys.readouterr().out.splitlines()
-        qattn, fit, config, path = shlex.split(last)
+        qattn, fit, config, path, *new.trusted = shlex.split(last)
         assert (qattn, fit, config) == ("qattn", "fit", "--config")
         with open(path, encoding="utf-8") as file:
             return path, file.read()
@@ -41,6 +41,7 @@ def new(capsys):
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_fit_takes_the_config_of_every_attention(new, parser, attention, preset):
     path, _ = new("--attention", attention, "--preset", preset)
+    assert new.trusted == []
     model = arguments.parse(parser, ["--config", path]).model
     assert model.preset == preset
     cls = getattr(pennylane_qattn, model.attention.class_path.rsplit(".", 1)[-1])
@@ -75,6 +76,7 @@ def test_what_is_registered_appears_by_itself(new, monkeypatch):
     monkeypatch.setitem(ATTENTION, "mine", Mine)
     _, text = new("--attention", "mine")
     assert "grover-sparse" in text and "mine." in text
+    assert new.trusted == ["--trust", __name__.partition(".")[0]] and shlex.join(new.trusted) in text
     lines = [line.strip() for line in text.splitlines()]
     assert lines[lines.index("colour: blue") - 1] == "# of the attention."
 

@@ -2,20 +2,25 @@
 
 import base64
 import hashlib
+import io
 import json
 import math
+import re
 from html.parser import HTMLParser
 from io import StringIO
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot
+from matplotlib import image, pyplot
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from lightning_modules.report import (
     RunResult,
+    _InlineFigures,
+    _map_figure,
     attention_figure,
     comparison_table,
     loss_figure,
@@ -404,3 +409,29 @@ def test_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
         write_report(tmp_path / "file", [RunResult("x")], "One run")
+
+
+def test_maps_that_share_a_frame_have_their_own_pixels():
+    """A map in a frame that another one has drawn is, but for its ids, what matplotlib draws; and no id comes twice."""
+    first, second = causal_maps(2, 7)
+    leaking, odd = torch.rand(7, 7, generator=torch.Generator().manual_seed(1)).double(), second.clone()
+    odd[3, 1] = math.nan
+    labels = list("abc$<&é")
+    figures = _InlineFigures()
+    shared = [figures.map(weights, labels, "a map") for weights in (first, second, leaking, odd)]
+    assert len(figures._frames) == 2
+
+    def drawn(svg):
+        """The SVG without its ids, and the pixels of its image."""
+        png = re.search(r'base64,\s*([^"]+)"', svg)[1]
+        frame = re.sub(r'( id="|url\(#|href="#)[^")]+', r"\1", svg).replace(png, "").replace("base64,\n", "base64,")
+        return frame, image.imread(io.BytesIO(base64.b64decode(png)))
+
+    for svg, weights in zip(shared, (first, second, leaking, odd), strict=True):
+        alone, pixels = drawn(_InlineFigures().svg(_map_figure(weights, labels), "a map"))
+        assert drawn(svg)[0] == alone
+        np.testing.assert_array_equal(drawn(svg)[1], pixels)
+    ids = re.findall(r' id="([^"]+)"', "".join(shared))
+    assert len(ids) == len(set(ids)) > 4
+    for reference in re.findall(r'(?:url\(#|href="#)([^")]+)', "".join(shared)):
+        assert reference in ids

@@ -67,6 +67,7 @@ def test_signs_are_the_eigenvalues():
         (lambda: check_words(["XQ"], 2), "2 letters of IXYZ; got 'XQ'"),
         (lambda: check_words(["XYZ"], 2), "2 letters of IXYZ; got 'XYZ'"),
         (lambda: check_words([], 2), "at least one Pauli word"),
+        (lambda: check_words("ZI", 2), r"got 'ZI' by itself: write \('ZI',\)"),
         (lambda: draw_words(0, 2, 0), "at least 1; got 0 and 2"),
         (lambda: draw_words(1, 2, 0, 1.0), r"lie in \[0, 1\); got 1.0"),
     ],
