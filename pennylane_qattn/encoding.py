@@ -125,19 +125,18 @@ def normalise(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch feat
     if is_transformed():
         return _unit_and_scale(x)[0]
     if x.requires_grad and torch.is_grad_enabled():
-        return _Normalise.apply(x)
+        return _Normalise.apply(x)[0]
     return _normalised(x, with_inverse=False)[0]
 
 
 def _normalised(x: Tensor, with_inverse: bool) -> tuple[Tensor, Tensor]:
     """The unit vector, and 1 / norm: by a kernel where there is one, which leaves out the second if nobody wants it."""
     if kernels.serve(x):
-        vectors = x.detach().numpy()  # arrays of NumPy are made in less time than tensors
-        unit = np.empty(vectors.shape, vectors.dtype)
-        inverse = np.empty((*vectors.shape[:-1], 1) if with_inverse else (0, 1), vectors.dtype)
-        rows = [array.reshape(-1, array.shape[-1]) for array in (vectors, unit, inverse)]
+        unit = torch.empty(x.shape, dtype=x.dtype)
+        inverse = torch.empty((*x.shape[:-1], 1) if with_inverse else (0, 1), dtype=x.dtype)
+        rows = [t.detach().numpy().reshape(-1, t.shape[-1]) for t in (x, unit, inverse)]
         kernels.run(_normalise_rows, len(rows[0]), *rows)
-        return torch.from_numpy(unit), torch.from_numpy(inverse)
+        return unit, inverse
     if cuda_kernels.serve_vectors(x):
         return cuda_kernels.normalise(x)
     return _unit_and_scale(x)[:2]
@@ -158,27 +157,34 @@ def _unit_and_scale(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalise(torch.autograd.Function):
-    """One node in place of a dozen; the derivative is the projection orthogonal to the result, over the norm."""
+    """One node in place of a dozen; the derivative is the projection orthogonal to the result, over the norm.
+
+    It keeps what it gives and not the vector, which nobody else may need: of several tokens joined, that is a long one.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
         unit, inverse = _normalised(x, with_inverse=True)
-        ctx.save_for_backward(x, unit, inverse)
-        return unit
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(unit, inverse)
+        return unit, inverse
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> Tensor:
-        x, unit, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: keep the dependence on x
-            unit, inverse, _ = _unit_and_scale(x)
-        elif kernels.serve(unit, upstream):
-            gradient = torch.empty_like(unit, memory_format=torch.contiguous_format)
-            rows = [t.reshape(-1, t.shape[-1]) for t in (upstream, unit, inverse, gradient)]
-            kernels.run(_normalise_rows_backward, len(rows[0]), *rows)
+    def backward(ctx, upstream: Tensor | None, of_inverse: Tensor | None) -> Tensor | None:
+        unit, inverse = ctx.saved_tensors
+        if upstream is not None and of_inverse is None and not torch.is_grad_enabled():
+            if kernels.serve(unit, upstream):
+                gradient = torch.empty_like(unit, memory_format=torch.contiguous_format)
+                rows = [t.reshape(-1, t.shape[-1]) for t in (upstream, unit, inverse, gradient)]
+                kernels.run(_normalise_rows_backward, len(rows[0]), *rows)
+                return gradient
+            if cuda_kernels.serve_vectors(unit, upstream):
+                return cuda_kernels.normalise_backward(upstream, unit, inverse)
+        gradient = None if upstream is None else (upstream - unit * (unit * upstream).sum(-1, keepdim=True)) * inverse
+        if of_inverse is None:  # a second derivative has it
             return gradient
-        elif cuda_kernels.serve_vectors(unit, upstream):
-            return cuda_kernels.normalise_backward(upstream, unit, inverse)
-        return (upstream - unit * (unit * upstream).sum(-1, keepdim=True)) * inverse
+        along = -of_inverse * inverse.square() * unit
+        return along if gradient is None else gradient + along
 
 
 @kernels.compiled

@@ -127,7 +127,7 @@ def test_all_variants_are_trained_on_the_same_batches(write, tmp_path, monkeypat
 
 
 def test_two_shards_merged_are_one_run(write, tmp_path, capsys):
-    options = {**EVERYTHING, "sizes": {}, "ablations": [], "learning_rates": [0.01], "timing_rounds": 1}
+    options = {**EVERYTHING, "sizes": {}, "twins": False, "ablations": [], "learning_rates": [0.01], "timing_rounds": 1}
     whole = write("whole", **options)
     assert main(["compare", "--config", str(whole)]) == 0
     assert "times: not" not in capsys.readouterr().out

@@ -594,8 +594,19 @@ def test_data_options_of_a_checkpoint_name_no_classes(fit, capsys):
 
 # --- configs ----------------------------------------------------------------------------------------------------
 
-_GPT1 = ["--model.num_layers", "1", "--model.embed_dim", "24", "--data.bpe_vocab_size", "300"]
+_GPT1 = [
+    "--model.num_layers",
+    "1",
+    "--model.block_size",
+    "32",
+    "--model.embed_dim",
+    "24",
+    "--data.bpe_vocab_size",
+    "300",
+]
 SMALLER = {
+    "gpt1-tiny.yaml": ["--model.num_layers", "1", "--model.block_size", "32"],
+    **{f"qisa-{width}.yaml": ["--model.num_layers", "1"] for width in (16, 128)},
     "gpt1.yaml": _GPT1,
     # tests/cli/test_distributed.py has its strategy on the CPU
     "gpt1-fsdp.yaml": [*_GPT1, "--trainer.strategy", "auto", "--trainer.devices", "1", "--trainer.precision", "32"],

@@ -44,6 +44,33 @@ def test_normalise_gradients_first_and_second(rng):
     torch.testing.assert_close(own, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_normalise_keeps_what_it_gives_and_not_what_it_got(rng):
+    """The joint vectors of several tokens are needed by nobody else."""
+    kept = []
+    x = torch.randn(7, 11, generator=rng).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        normalise(x)
+    assert sorted(kept) == [7, 77]
+
+
+def test_higher_derivatives_of_normalise(rng):
+    """The second and third, along a line, against those of the formula; and of the zero vector, 0."""
+    x, way = torch.randn(2, 5, dtype=torch.float64, generator=rng), torch.randn(5, dtype=torch.float64, generator=rng)
+    x[1] = 0
+
+    def derivatives(function):
+        t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        value, found = (function(x + t * way * torch.tensor([[1.0], [0.0]])) * torch.arange(10.0).view(2, 5)).sum(), []
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value, t, create_graph=True)
+            found.append(value.detach())
+        return torch.stack(found)
+
+    found, wanted = derivatives(normalise), derivatives(lambda v: _unit_and_scale(v)[0])
+    assert (wanted != 0).all()
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_normalise_under_torch_func(rng):
     x = torch.randn(5, dtype=torch.float64, generator=rng)
     torch.testing.assert_close(torch.func.jacrev(normalise)(x), torch.func.jacfwd(normalise)(x))
