@@ -144,9 +144,13 @@ def test_the_citation_names_both_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= set(citation)
-    cited = {identifier["value"] for paper in citation["references"] for identifier in paper["identifiers"]}
+    papers = [work for work in citation["references"] if work["type"] == "article"]
+    cited = {identifier["value"] for paper in papers for identifier in paper["identifiers"]}
     assert {"arXiv:2603.03318", "arXiv:2307.08045"} <= cited
-    assert all(paper["authors"] and paper["title"] for paper in citation["references"])
+    assert all(work["authors"] and work["title"] for work in citation["references"])
+    (code,) = [work for work in citation["references"] if work["type"] == "software"]
+    link = f"{code['repository-code']}/blob/{code['commit']}/"
+    assert link in (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
 
 
 # -- dependencies --------------------------------------------------------------------------------------------
