@@ -24,7 +24,7 @@ from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.precision import at_least_float32, cast, promoted, widened
 from pennylane_qattn.quadratic import quadratic_forms
-from pennylane_qattn.transforms import is_transformed, values_of, without_autocast
+from pennylane_qattn.transforms import is_transformed, is_without_numbers, values_of, without_autocast
 
 
 class FeatureMap(nn.Module, ABC):
@@ -91,7 +91,7 @@ class PerHeadFeatureMap(FeatureMap):
             else:
                 inputs = wide.reshape(1, batch * seq, self.embed_dim)
             features = cast(self.per_head(inputs), x.dtype)
-        return features.view(self.num_heads, batch, seq, -1).transpose(0, 1)
+        return features.view(self.num_heads, batch, seq, features.shape[-1]).transpose(0, 1)
 
     @abstractmethod
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
@@ -155,7 +155,7 @@ class _MeasuredFeatureMap(PerHeadFeatureMap):
         Raises:
             ValueError: if they are no words, or `torch.func` has other ones than the module.
         """
-        if torch.compiler.is_compiling():  # what is compiled keeps the words that it was compiled with
+        if torch.compiler.is_compiling() or is_without_numbers():  # what is compiled keeps the words that it began with
             return
         codes, mark = self.word_codes, None
         if is_transformed():

@@ -5,20 +5,26 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _NOTHING = contextlib.nullcontext()
+_OF_TORCH = (Tensor, nn.Parameter)
 
 
 def is_transformed() -> bool:
-    """Whether this call is being compiled, transformed by `torch.func`, or differentiated in forward mode.
+    """Whether this call is compiled, transformed by `torch.func`, differentiated in forward mode, or without numbers.
 
     Then formulas are given as they stand: shortcuts that manage memory by themselves would be in the way.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or is_without_numbers()
+
+
+def is_without_numbers() -> bool:
+    """Whether tensors have shapes alone, as in `FakeTensorMode`, which asks what a model would take."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -37,11 +43,12 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether its memory holds its numbers as they are: not batched, and no view that stands for their negatives.
+    """Whether its memory holds its numbers as they are: not batched, no view of their negatives, and no subclass.
 
     Such a view is the imaginary part of a conjugate, `z.conj().imag`; operations of torch change the sign as they read.
+    A subclass of a tensor may have no memory at all.
     """
-    return not is_batched(tensor) and not tensor.is_neg()
+    return type(tensor) in _OF_TORCH and not is_batched(tensor) and not tensor.is_neg()
 
 
 def is_wrapped(tensor: Tensor) -> bool:

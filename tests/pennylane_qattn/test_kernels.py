@@ -7,8 +7,9 @@ import time
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from pennylane_qattn import CircuitFeatureMap, QuadraticFeatureMap, kernels
+from pennylane_qattn import CircuitFeatureMap, QuadraticFeatureMap, build_attention, kernels
 from pennylane_qattn.augmentation import Layout, augment
 
 pytestmark = pytest.mark.skipif(kernels.numba is None, reason="Numba is not installed")
@@ -64,6 +65,20 @@ def test_negative_views_are_augmented(rng):
     x, factor = negative_view((3, 2, 4, 5), rng), negative_view((2,), rng)
     found, wanted = augment(x, factor, -1.0, layout), augment(x.resolve_neg(), factor.resolve_neg(), -1.0, layout)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["qisa", "gaussian", "ngram", "qisa-absorbed"])
+def test_tensors_without_memory_know_their_shapes(name):
+    """`FakeTensorMode` asks what a model would take; a kernel would read memory that is not there."""
+    attention = build_attention(name, 8, 2, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = attention(torch.randn(2, 5, 8))
+        out.sum().backward()
+        cache = attention.new_cache(2)
+        with torch.no_grad():
+            steps = [attention(torch.randn(2, 1, 8), cache=cache) for _ in range(3)]
+    assert isinstance(out, FakeTensor) and out.shape == (2, 5, 8)
+    assert all(isinstance(step, FakeTensor) and step.shape == (2, 1, 8) for step in steps)
 
 
 def threads_of_kernels():
