@@ -229,7 +229,8 @@ def _hugging_face(name: str, target: str) -> Target:
         if "custom code" in line:
             line = "it brings code of its own; import that yourself, and name it as package.module:factory"
             raise ValueError(f"refused {target!r}: {line}") from error
-        raise ValueError(f"cannot load {target!r}: {type(error).__name__}: {line}") from error
+        remedy = "" if Path(name).is_dir() else f"; without a network give one that is on disk, {HUB}FOLDER"
+        raise ValueError(f"cannot load {target!r}: {type(error).__name__}: {line}{remedy}") from error
     finally:
         transformers.logging.set_verbosity(level)
         transformers.logging.enable_progress_bar()

@@ -204,7 +204,9 @@ def test_hugging_face_models_that_cannot_be_had(refused, monkeypatch):
     Path("theirs/config.json").write_text("{}")
     assert "cannot load 'theirs': " in refused("certify", "theirs")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "cannot load 'hf:./nowhere': " in refused("certify", "hf:./nowhere")
+    line = refused("certify", "hf:./nowhere")
+    assert "cannot load 'hf:./nowhere': " in line
+    assert line.endswith("without a network give one that is on disk, hf:FOLDER")
     assert "needs a name behind it" in refused("certify", "hf:")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'pennylane-qattn[hf]'" in refused("certify", "theirs")
