@@ -188,8 +188,9 @@ def test_commands_stand_in_fences(page):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_to_begin_with_run(tmp_path):
-    """Those of docs/start.md, in their order, in an empty folder."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    """Those of docs/start.md, in their order, in a folder without runs."""
+    for name in ("configs", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     lines = commands("docs/start.md")
     assert len(lines) >= 5
