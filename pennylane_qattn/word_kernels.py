@@ -189,6 +189,14 @@ def _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pa
         store(values, words[two, 1], 0, b)
 
 
+@inlined
+def _write_out(values, place, head, out, begin, tokens):
+    """To every word that was given, and so many tokens, the value of the distinct word that stands for it."""
+    for t in range(tokens):
+        for word in range(place.shape[1]):
+            out[head, begin + t, word] = item(values, item(place, head, word), t)
+
+
 @compiled
 def measure(
     states, firsts, kinds, words, begins, ends, offsets, pairs, coefficients, place, most, out, first, last
@@ -203,9 +211,7 @@ def measure(
             tokens = min(step, last - begin)
             _read(states[head], begin, tokens, block)
             _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
-            for t in range(tokens):
-                for word in range(place.shape[1]):
-                    out[head, begin + t, word] = item(values, item(place, head, word), t)
+            _write_out(values, place, head, out, begin, tokens)
 
 
 @compiled
@@ -234,9 +240,7 @@ def measure_few(
                         amplitude += item(matrix, row, c) * item(inputs, begin + t, c)
                     block[row, t] = amplitude
             _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
-            for t in range(tokens):
-                for word in range(place.shape[1]):
-                    out[head, begin + t, word] = item(values, item(place, head, word), t)
+            _write_out(values, place, head, out, begin, tokens)
 
 
 @compiled
