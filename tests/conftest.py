@@ -7,10 +7,18 @@ from jaxtyping import install_import_hook
 # Every call into the package has its tensor shapes checked against the signature.
 install_import_hook("pennylane_qattn", "beartype.beartype")
 
+from lightning_modules import progress  # noqa: E402  it imports what the hook checks
+
 torch.set_num_threads(1)
 
 #: Absolute and relative tolerance of exact methods by precision; the same everywhere.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """However slow the machine is, no line of progress comes between those that a test expects."""
+    monkeypatch.setattr(progress, "EVERY", 3600.0)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])

@@ -19,6 +19,11 @@ pytestmark = [
 
 
 @pytest.fixture
+def patience():
+    """Here the lines are what is looked for."""
+
+
+@pytest.fixture
 def clock(monkeypatch):
     """Time that passes when told to."""
     now = [100.0]
