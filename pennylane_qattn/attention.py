@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pennylane_qattn import token_attention
 from pennylane_qattn.features import FeatureMap
 from pennylane_qattn.neighbours import Recent, join_neighbours
 from pennylane_qattn.precision import widened
@@ -64,6 +65,10 @@ class KeyValueCache:
         new, start = keys.shape[2], self._length
         if keys.shape[0] != self.batch_size:
             raise ValueError(f"the cache was made for a batch of {self.batch_size}; got {keys.shape[0]}")
+        if start + new > self.max_len:
+            raise ValueError(
+                f"the cache has room for max_len={self.max_len} tokens; it holds {start}, and got {new} more"
+            )
         self._keys = self._room(self._keys, keys)
         self._values = self._room(self._values, values)
         self._keys[:, :, start : start + new] = keys
@@ -85,6 +90,23 @@ class KeyValueCache:
             None if self._padding is None else self._padding[:, :end],
             None if self._positions is None else self._positions[:, :end],
         )
+
+    def room_for_next(
+        self, batch_size: int
+    ) -> tuple[Float[Tensor, "batch heads max prepared"], Float[Tensor, "batch heads max features"]] | None:
+        """The memory of keys and values, whose next free token may be written, and counted by `count_next`.
+
+        `None` where only `append` knows what to do: at the start, at the end, with another batch, and with padding or
+        positions.
+        """
+        is_plain = self._padding is None and self._positions is None and self._keys is not None
+        if not is_plain or batch_size != self.batch_size or self._length >= self.max_len:
+            return None
+        return self._keys, self._values
+
+    def count_next(self) -> None:
+        """The next token's key and value have been written."""
+        self._length += 1
 
     def _room(self, held: Tensor | None, new: Tensor) -> Tensor:
         if held is None:
@@ -337,6 +359,9 @@ class Attention(nn.Module):
             cache: holds the tokens before `x`, and afterwards `x` too.
         """
         self._check(x, key_padding_mask, position_ids, cache)
+        if cache is not None and x.shape[1] == 1 and key_padding_mask is None and position_ids is None:
+            if self._applies_weights_as_they_are and (out := token_attention.attend(self, x, cache)) is not None:
+                return out
         q = self.score.queries(self.query_map(x))
         k, v, visibility = self._keys_and_values(x, key_padding_mask, position_ids, cache)
         dropout = self.dropout if self.training else 0.0

@@ -4,8 +4,6 @@ r"""Attention by distances, :math:`w_{ij} \propto \exp a_{ij}` with :math:`a_{ij
 The first is the score of QISA (arXiv 2603.03318) and QSANN (arXiv 2205.05625), the second that of `GaussianScore`.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -14,6 +12,7 @@ from torch import Tensor
 from pennylane_qattn import kernels
 from pennylane_qattn.distance_kernels import attend_backward, attend_forward, attend_one
 from pennylane_qattn.double_exponential import LEAST, exponentials, negative_distances
+from pennylane_qattn.precision import cast
 from pennylane_qattn.transforms import is_batched, without_autocast
 
 #: Numbers of keys and values of a sequence that the cache holds; of more, products of matrices are faster.
@@ -94,7 +93,7 @@ class _Attend(torch.autograd.Function):
         logarithms = q.new_empty(q.shape[0] * q.shape[1], q.shape[2] if any(ctx.needs_input_grad) else 0)
         if out.numel():
             held, places = _places(q, k, v, out)
-            arguments = (places, logarithms, _sizes(q, k), *_exponents(q, beta), is_causal, _LEAST[q.dtype])
+            arguments = (places, logarithms, _sizes(q, k), *exponents(q.dtype, beta), is_causal)
             kernels.run(attend_forward, len(logarithms), *arguments, each=q.shape[2])
         ctx.save_for_backward(q, k, v, beta, out, logarithms)
         ctx.is_causal = is_causal
@@ -110,8 +109,8 @@ class _Attend(torch.autograd.Function):
             by_beta = q.new_zeros(len(logarithms))
             if upstream.numel():
                 held, places = _places(q, k, v, out, upstream.resolve_neg(), by_q, by_k, by_v)
-                factors = _exponents(q, beta)
-                arguments = (places, logarithms, by_beta, _sizes(q, k), *factors, ctx.is_causal, _LEAST[q.dtype])
+                factors = exponents(q.dtype, beta)
+                arguments = (places, logarithms, by_beta, _sizes(q, k), *factors, ctx.is_causal)
                 kernels.run(attend_backward, len(logarithms), *arguments, each=q.shape[2])
         return by_q, by_k, by_v, None if beta is None else by_beta.view(q.shape[:2]).sum(0), None
 
@@ -120,7 +119,7 @@ def _of_one(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
     out = _empty_for(q, v)
     if out.numel():
         held, places = _places(q, k, v, out)
-        arguments = (places, _sizes(q, k), *_exponents(q, beta), _LEAST[q.dtype])
+        arguments = (places, _sizes(q, k), *exponents(q.dtype, beta))
         kernels.run(attend_one, q.shape[0] * q.shape[1], *arguments, each=k.shape[2])
     return out
 
@@ -144,8 +143,9 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[1], q.shape[2], k.shape[2]
 
 
-def _exponents(q: Tensor, beta: Tensor | None) -> tuple[Any, bool]:
-    return (_NO_BETA[q.dtype] if beta is None else beta), beta is None
+def exponents(dtype: torch.dtype, beta: Float[Tensor, " heads"] | None) -> tuple[np.ndarray, bool, np.floating]:
+    """What kernels know of exponents: the inverse temperatures, whether exponents are exponentials, and the least."""
+    return (_NO_BETA[dtype] if beta is None else cast(beta, dtype).detach().numpy()), beta is None, _LEAST[dtype]
 
 
 def _places(*tensors: Tensor) -> tuple[list[Tensor], np.ndarray]:

@@ -90,7 +90,7 @@ def _exponents(distances, is_double, beta, least):
 
 
 @compiled
-def attend_forward(places, logarithms, sizes, betas, is_double, is_causal, least, first, last):
+def attend_forward(places, logarithms, sizes, betas, is_double, least, is_causal, first, last):
     """The weighted sums of pairs `first` to `last` of batch and head.
 
     Args:
@@ -99,8 +99,8 @@ def attend_forward(places, logarithms, sizes, betas, is_double, is_causal, least
         sizes: heads, queries, keys; queries are the last of the keys.
         betas: one for each head, or one for all.
         is_double: exponents are exponentials.
-        is_causal: a query sees no later key.
         least: exponents below are taken for this one.
+        is_causal: a query sees no later key.
     """
     q, k = _tensor(places, 0, least), _tensor(places, 1, least)
     v, out = _tensor(places, 2, least), _tensor(places, 3, least)
@@ -158,55 +158,71 @@ def attend_forward(places, logarithms, sizes, betas, is_double, is_causal, least
                 logarithms[pair, begin + i] = tops[i] + np.log(sums[i])
 
 
+@inlined
+def attend_row(
+    q, query, k, key, key_step, v, value, value_step, keys, beta, is_double, least, weights, row, out, place
+):  # fmt: skip
+    """The weighted sum of one query's row into a row of `out`; `weights` and `row` are room for numbers."""
+    width, values, step = q.shape[1], v.shape[1], lanes(q)
+    room, whole, wide = weights.shape[1], width // step * step, values // step * step
+    nothing, lowest, far = splat(q.dtype.type(0)), splat(least), splat(q.dtype.type(-np.inf))
+    for j in range(keys):
+        at, sums = key + j * key_step, nothing
+        for c in range(0, whole, step):
+            e = load(q, query, c) - load(k, at, c)
+            sums = sums - e * e
+        distance = total(sums)
+        for c in range(whole, width):
+            distance -= (q[query, c] - k[at, c]) ** 2
+        weights[0, j] = distance
+    top = far
+    for j in range(0, room, step):
+        x = where_first(keys - j, _exponents(load(weights, 0, j), is_double, beta, lowest), far)
+        top = maximum(top, x)
+        store(weights, 0, j, x)
+    highest, part = splat(largest(top)), nothing
+    for j in range(0, room, step):
+        x = where_first(keys - j, exp(maximum(load(weights, 0, j) - highest, lowest)), nothing)
+        part = part + x
+        store(weights, 0, j, x)
+    sums = total(part)
+    for c in range(0, wide, step):
+        o = nothing
+        for j in range(keys):
+            o = o + splat(weights[0, j]) * load(v, value + j * value_step, c)
+        store(row, 0, 0, o)
+        for i in range(step):
+            out[place, c + i] = row[0, i] / sums
+    for c in range(wide, values):
+        o = q.dtype.type(0)
+        for j in range(keys):
+            o += weights[0, j] * v[value + j * value_step, c]
+        out[place, c] = o / sums
+
+
 @compiled
 def attend_one(places, sizes, betas, is_double, least, first, last):
     """The same for a single query that sees every key, as in generation; a key is read once and copied nowhere."""
     q, k = _tensor(places, 0, least), _tensor(places, 1, least)
     v, out = _tensor(places, 2, least), _tensor(places, 3, least)
     heads, keys = sizes[0], sizes[2]
-    dtype, width, values, step = q.dtype, q.shape[1], v.shape[1], lanes(q)
-    room, whole, wide = -(-keys // step) * step, width // step * step, values // step * step
-    nothing, lowest, far = splat(dtype.type(0)), splat(least), splat(dtype.type(-np.inf))
-    weights, row = np.zeros((1, room), dtype), np.zeros((1, step), dtype)
+    dtype, step = q.dtype, lanes(q)
+    weights, row = np.zeros((1, -(-keys // step) * step), dtype), np.zeros((1, step), dtype)
     for pair in range(first, last):
         beta, place = betas[pair % len(betas)], _place(pair, heads, places[3])
-        query, key = _place(pair, heads, places[0]), _place(pair, heads, places[1])
-        for j in range(keys):
-            at, sums = key + j * places[1, _TOKEN], nothing
-            for c in range(0, whole, step):
-                e = load(q, query, c) - load(k, at, c)
-                sums = sums - e * e
-            distance = total(sums)
-            for c in range(whole, width):
-                distance -= (q[query, c] - k[at, c]) ** 2
-            weights[0, j] = distance
-        top = far
-        for j in range(0, room, step):
-            x = where_first(keys - j, _exponents(load(weights, 0, j), is_double, beta, lowest), far)
-            top = maximum(top, x)
-            store(weights, 0, j, x)
-        highest, part = splat(largest(top)), nothing
-        for j in range(0, room, step):
-            x = where_first(keys - j, exp(maximum(load(weights, 0, j) - highest, lowest)), nothing)
-            part = part + x
-            store(weights, 0, j, x)
-        sums, value = total(part), _place(pair, heads, places[2])
-        for c in range(0, wide, step):
-            o = nothing
-            for j in range(keys):
-                o = o + splat(weights[0, j]) * load(v, value + j * places[2, _TOKEN], c)
-            store(row, 0, 0, o)
-            for i in range(step):
-                out[place, c + i] = row[0, i] / sums
-        for c in range(wide, values):
-            o = dtype.type(0)
-            for j in range(keys):
-                o += weights[0, j] * v[value + j * places[2, _TOKEN], c]
-            out[place, c] = o / sums
+        query, key, value = (
+            _place(pair, heads, places[0]),
+            _place(pair, heads, places[1]),
+            _place(pair, heads, places[2]),
+        )
+        key_step, value_step = places[1, _TOKEN], places[2, _TOKEN]
+        attend_row(
+            q, query, k, key, key_step, v, value, value_step, keys, beta, is_double, least, weights, row, out, place
+        )
 
 
 @compiled
-def attend_backward(places, logarithms, by_beta, sizes, betas, is_double, is_causal, least, first, last):
+def attend_backward(places, logarithms, by_beta, sizes, betas, is_double, least, is_causal, first, last):
     """The derivatives of `sum(upstream * out)` by queries, keys, values and, for each pair, beta.
 
     Args:

@@ -135,7 +135,7 @@ def _normalised(x: Tensor, with_inverse: bool) -> tuple[Tensor, Tensor]:
         unit = torch.empty(x.shape, dtype=x.dtype)
         inverse = torch.empty((*x.shape[:-1], 1) if with_inverse else (0, 1), dtype=x.dtype)
         rows = [t.detach().numpy().reshape(-1, t.shape[-1]) for t in (x, unit, inverse)]
-        kernels.run(_normalise_rows, len(rows[0]), *rows)
+        kernels.run(normalise_rows, len(rows[0]), *rows)
         return unit, inverse
     if cuda_kernels.serve_vectors(x):
         return cuda_kernels.normalise(x)
@@ -188,7 +188,7 @@ class _Normalise(torch.autograd.Function):
 
 
 @kernels.compiled
-def _normalise_rows(x, unit, inverse, first, last):
+def normalise_rows(x, unit, inverse, first, last):
     """`_unit_and_scale`, row by row; `inverse` may be without rows."""
     with_inverse = len(inverse) > 0
     for row in range(first, last):

@@ -15,10 +15,12 @@ from torch import Tensor
 from pennylane_qattn.circuit import Circuit
 from pennylane_qattn.complex_numbers import real_and_imaginary
 from pennylane_qattn.devices import Meter
+from pennylane_qattn.encoding import AmplitudeEncoding
 from pennylane_qattn.folding import Fold, Memory
 from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.planning import Execution, Plan, make_plan
 from pennylane_qattn.quadratic import quadratic_forms
+from pennylane_qattn.recipes import Forms
 
 
 class Executor(ABC):
@@ -52,6 +54,10 @@ class Executor(ABC):
     ) -> Float[Tensor, "heads tokens amplitudes"]:
         """Final states, real amplitudes followed by imaginary ones."""
 
+    def recipe(self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]) -> Forms | None:
+        """What a kernel makes the expectation values of by itself; `None`: `expectations` alone makes them."""
+        return None
+
     def count(self, tokens: int, training: bool) -> int:
         """Device executions for so many tokens, at most; in training with gradients by inputs and angles."""
         return 0
@@ -83,6 +89,15 @@ class FoldedExecutor(Executor):
             return self._words(amplitudes, self._state_rows(fold, weights, width))
         rows, signs = self._readouts(lambda: fold.readout(*fold.evolve(weights, width)), weights, width)
         return quadratic_forms(amplitudes, rows, signs)
+
+    def recipe(self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]) -> Forms | None:
+        encoding, fold = self.circuits[0].encoding, self._fold(weights.dtype, weights.device)
+        is_raw = type(encoding) is AmplitudeEncoding
+        if x.dtype != weights.dtype:
+            return None
+        amplitudes = x if is_raw else encoding.amplitudes(x)
+        rows = self._state_rows(fold, weights, amplitudes.shape[-1])
+        return Forms(amplitudes, is_raw, rows, self._words.pairs(x.dtype))
 
     def states(
         self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]

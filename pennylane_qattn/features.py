@@ -24,6 +24,7 @@ from pennylane_qattn.measurement import WordMeasurement
 from pennylane_qattn.observables import check_words, decode_words, draw_words, encode_words
 from pennylane_qattn.precision import at_least_float32, cast, promoted, widened
 from pennylane_qattn.quadratic import quadratic_forms
+from pennylane_qattn.recipes import Affine, Forms, Recipe, affine, is_as_written
 from pennylane_qattn.transforms import is_transformed, is_without_numbers, values_of, without_autocast
 
 
@@ -50,6 +51,10 @@ class FeatureMap(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]: ...
 
+    def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Recipe | None:
+        """What a kernel makes the features of by itself, without gradients; `None`: `forward` alone makes them."""
+        return None
+
 
 class LinearFeatureMap(FeatureMap):
     """One linear map per head (Vaswani et al. 2017, equation 1).
@@ -68,6 +73,9 @@ class LinearFeatureMap(FeatureMap):
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
         return self.linear(x).unflatten(-1, (self.num_heads, self.out_features)).transpose(1, 2)
 
+    def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Affine | None:
+        return affine(self._modules["linear"]) if is_as_written(self, LinearFeatureMap.forward) else None
+
 
 class PerHeadFeatureMap(FeatureMap):
     """Base of maps in which a head reads the whole embedding, or its own slice of it (`split`).
@@ -85,13 +93,15 @@ class PerHeadFeatureMap(FeatureMap):
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch heads seq features"]:
         batch, seq, _ = x.shape
         with without_autocast(x.device):
-            wide = widened(x)
-            if self.split:
-                inputs = wide.reshape(batch * seq, self.num_heads, self.in_features).transpose(0, 1)
-            else:
-                inputs = wide.reshape(1, batch * seq, self.embed_dim)
-            features = cast(self.per_head(inputs), x.dtype)
+            features = cast(self.per_head(self.inputs(widened(x))), x.dtype)
         return features.view(self.num_heads, batch, seq, features.shape[-1]).transpose(0, 1)
+
+    def inputs(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "#heads tokens inputs"]:
+        """What each head reads, or all of them."""
+        tokens = x.shape[0] * x.shape[1]
+        if self.split:
+            return x.reshape(tokens, self.num_heads, self.in_features).transpose(0, 1)
+        return x.reshape(1, tokens, self.embed_dim)
 
     @abstractmethod
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
@@ -271,6 +281,12 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         return self.executor.expectations(*promoted(x, self.weights))
 
+    def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Forms | None:
+        if not is_as_written(self, _MeasuredFeatureMap.forward, per_head=CircuitFeatureMap.per_head):
+            return None
+        self._follow_words()
+        return self.executor.recipe(self.inputs(x), self._parameters["weights"])
+
     def prepare(self) -> None:
         super().prepare()
         if not hasattr(self, "weights"):
@@ -343,12 +359,24 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         x, weight = promoted(x, self.weight)
-        padded = nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
+        padded = self._padded(weight)
         if self._measurement.serves(x):
             return self._measurement(x, padded)
         fold = self._fold(weight.dtype, weight.device)
         rows, signs = self._readouts(lambda: fold.readout(from_real(padded)), weight)
         return quadratic_forms(x, rows, signs)
+
+    def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Forms | None:
+        if not is_as_written(self, _MeasuredFeatureMap.forward, per_head=QuadraticFeatureMap.per_head):
+            return None
+        self._follow_words()
+        weight = self._parameters["weight"]
+        if x.dtype != weight.dtype:
+            return None
+        return Forms(self.inputs(x), False, self._padded(weight), self._measurement.pairs(x.dtype))
+
+    def _padded(self, weight: Float[Tensor, "heads inputs inputs"]) -> Float[Tensor, "heads dim inputs"]:
+        return nn.functional.pad(weight, (0, 0, 0, 2**self.num_wires - self.in_features))
 
     def prepare(self) -> None:
         super().prepare()

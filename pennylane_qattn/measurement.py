@@ -98,13 +98,17 @@ class WordMeasurement:
         if torch.compiler.is_dynamo_compiling():
             return self._fused[a.dtype, a.device](rows @ a.transpose(1, 2))
         if not cuda_kernels.serve(a):
-            if a.dtype not in self._pairs:
-                self._pairs[a.dtype] = WordPairs.of(self.words, self.is_complex, _numpy_dtype(a.dtype))
-            pairs = self._pairs[a.dtype]
+            pairs = self.pairs(a.dtype)
             return _Measure.apply(a, rows, pairs, self) if torch.is_grad_enabled() else _values(a, rows, pairs)
         if (a.dtype, a.device) not in self._on_devices:
             self._on_devices[a.dtype, a.device] = cuda_kernels.DeviceWords(self.tables(a.dtype), a)
         return _MeasureOnDevice.apply(a, rows, self._on_devices[a.dtype, a.device], self)
+
+    def pairs(self, dtype: torch.dtype) -> WordPairs:
+        """The words as kernels of the CPU read them."""
+        if dtype not in self._pairs:
+            self._pairs[dtype] = WordPairs.of(self.words, self.is_complex, _numpy_dtype(dtype))
+        return self._pairs[dtype]
 
     def tables(self, dtype: torch.dtype) -> list[WordTable]:
         """The terms of each head's words."""

@@ -33,6 +33,8 @@ class Score(nn.Module, ABC):
             may be used.
         is_sparing: `attend` writes out nothing that grows with queries times keys, however many there are.
         scale: that factor.
+        has_token_kernel: `token_attention.py` serves it: prepared queries and keys are the features as they are, and it
+            is a `DistanceScore` of `beta`.
     """
 
     is_dot_product: bool = False
@@ -40,6 +42,7 @@ class Score(nn.Module, ABC):
     is_structured: bool = False
     is_sparing: bool = True
     scale: float = 1.0
+    has_token_kernel: bool = False
 
     def __init__(self, num_heads: int, features: int):
         super().__init__()
@@ -153,6 +156,8 @@ class TemperedDotScore(Score):
 
 class DistanceScore(Score):
     """Base of scores of the distances between queries and keys, which have a kernel (`distance_attention.py`)."""
+
+    has_token_kernel = True
 
     @property
     def beta(self) -> Float[Tensor, " heads"] | None:

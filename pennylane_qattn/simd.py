@@ -27,8 +27,8 @@ def _unavailable(name: str) -> Callable:
 
 
 if numba is None:
-    names = "rows_at lanes load store item splat total largest maximum exp where_first"
-    rows_at, lanes, load, store, item, splat, total, largest, maximum, exp, where_first = map(
+    names = "rows_at lanes load store item splat total dot largest maximum exp where_first"
+    rows_at, lanes, load, store, item, splat, total, dot, largest, maximum, exp, where_first = map(
         _unavailable, names.split()
     )
 else:
@@ -168,6 +168,18 @@ else:
             return _halves(builder, arguments[0], lambda a, b: builder.fadd(a, b, flags=_FLAGS))
 
         return vector.dtype(vector), generate
+
+    @inlined
+    def dot(a, i, b, j, nothing):
+        """The product of row `i` of an array with row `j` of another, as wide; `nothing` is a vector of zeros."""
+        width, step = a.shape[1], lanes(a)
+        whole, sums = width // step * step, nothing
+        for c in range(0, whole, step):
+            sums = sums + load(a, i, c) * load(b, j, c)
+        product = total(sums)
+        for c in range(whole, width):
+            product += item(a, i, c) * item(b, j, c)
+        return product
 
     def _greater(builder, a, b):
         return builder.select(builder.fcmp_ordered("<", a, b), b, a)  # `a` where it is no number

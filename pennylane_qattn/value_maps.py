@@ -26,6 +26,7 @@ from pennylane_qattn.features import (
 )
 from pennylane_qattn.precision import promoted
 from pennylane_qattn.quadratic import plain_quadratic_forms
+from pennylane_qattn.recipes import Forms, is_as_written
 
 #: Largest table of random forms of one map, in bytes of float32.
 MAX_FORM_BYTES = 2**31
@@ -158,6 +159,11 @@ class LearnedQuadraticFeatureMap(PerHeadFeatureMap):
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         x, weight = promoted(x, self.weight)
         return plain_quadratic_forms(normalise(x), weight, self.readout_weight.to(x.dtype))
+
+    def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Forms | None:
+        if not is_as_written(self, PerHeadFeatureMap.forward, per_head=LearnedQuadraticFeatureMap.per_head):
+            return None
+        return Forms(self.inputs(x), True, self._parameters["weight"], self._parameters["readout_weight"])
 
 
 class RectifiedFeatureMap(LearnedQuadraticFeatureMap):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pennylane_qattn.kernels import compiled, inlined
-from pennylane_qattn.simd import item, lanes, load, splat, store, total
+from pennylane_qattn.simd import dot, item, lanes, load, splat, store
 
 #: Which products two words sum up: squares of amplitudes; real parts, imaginary parts, or the first word real and the
 #: second imaginary parts of products of two; and of real states squares, and products of two.
@@ -145,7 +145,7 @@ def _read(states, begin, tokens, block):
 
 
 @inlined
-def _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients):
+def sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients):
     """The values `(words, lane)` of a head's distinct words in the states `(rows, lane)` of a block."""
     nothing, dim = splat(block.dtype.type(0)), len(block) // 2
     for two in range(firsts[head], firsts[head + 1]):
@@ -210,7 +210,7 @@ def measure(
         for begin in range(first, last, step):
             tokens = min(step, last - begin)
             _read(states[head], begin, tokens, block)
-            _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
+            sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
             _write_out(values, place, head, out, begin, tokens)
 
 
@@ -222,9 +222,9 @@ def measure_few(
 
     One call in place of two, for few tokens, whose states are made one by one.
     """
-    (heads, rows, width), step = matrices.shape, lanes(matrices)
+    (heads, rows, _), step = matrices.shape, lanes(matrices)
     block, values = np.zeros((rows, step), a.dtype), np.zeros((most + 1, step), a.dtype)
-    whole, nothing = width // step * step, splat(a.dtype.type(0))
+    nothing = splat(a.dtype.type(0))
     for head in range(heads):
         values[:] = 0
         matrix, inputs = matrices[head], a[head % len(a)]
@@ -232,14 +232,8 @@ def measure_few(
             tokens = min(step, last - begin)
             for t in range(tokens):
                 for row in range(rows):
-                    sums = nothing
-                    for c in range(0, whole, step):
-                        sums = sums + load(matrix, row, c) * load(inputs, begin + t, c)
-                    amplitude = total(sums)
-                    for c in range(whole, width):
-                        amplitude += item(matrix, row, c) * item(inputs, begin + t, c)
-                    block[row, t] = amplitude
-            _sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
+                    block[row, t] = dot(matrix, row, inputs, begin + t, nothing)
+            sum_up(block, values, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
             _write_out(values, place, head, out, begin, tokens)
 
 
