@@ -16,7 +16,7 @@ keys. Distances are sums of squared differences, which lose no digits where two 
 import numpy as np
 
 from pennylane_qattn.kernels import compiled, inlined
-from pennylane_qattn.simd import exp, lanes, largest, load, maximum, rows_at, splat, store, total, where_first
+from pennylane_qattn.simd import dot, exp, lanes, largest, load, maximum, rows_at, splat, store, total, where_first
 
 #: What stands in each row of a kernel's `places`: where a tensor's first row is in memory, how many rows there are and
 #: how wide they are, and how many lie between one batch, head and token and the next.
@@ -160,14 +160,20 @@ def attend_forward(places, logarithms, sizes, betas, is_double, least, is_causal
 
 @inlined
 def attend_row(
-    q, query, k, key, key_step, v, value, value_step, keys, beta, is_double, least, weights, row, out, place
+    q, query, k, key, key_step, v, value, value_step, keys, beta, is_double, least, is_product, weights, row, out, place
 ):  # fmt: skip
-    """The weighted sum of one query's row into a row of `out`; `weights` and `row` are room for numbers."""
+    """The weighted sum of one query's row into a row of `out`; `weights` and `row` are room for numbers.
+
+    With `is_product`, products of query and keys stand for the negative squares of their distances.
+    """
     width, values, step = q.shape[1], v.shape[1], lanes(q)
     room, whole, wide = weights.shape[1], width // step * step, values // step * step
     nothing, lowest, far = splat(q.dtype.type(0)), splat(least), splat(q.dtype.type(-np.inf))
     for j in range(keys):
         at, sums = key + j * key_step, nothing
+        if is_product:
+            weights[0, j] = dot(q, query, k, at, nothing)
+            continue
         for c in range(0, whole, step):
             e = load(q, query, c) - load(k, at, c)
             sums = sums - e * e
@@ -217,8 +223,9 @@ def attend_one(places, sizes, betas, is_double, least, first, last):
         )
         key_step, value_step = places[1, _TOKEN], places[2, _TOKEN]
         attend_row(
-            q, query, k, key, key_step, v, value, value_step, keys, beta, is_double, least, weights, row, out, place
-        )
+            q, query, k, key, key_step, v, value, value_step, keys,
+            beta, is_double, least, False, weights, row, out, place,
+        )  # fmt: skip
 
 
 @compiled

@@ -7,6 +7,7 @@ Sources: scaled dot product, arXiv 1706.03762 eq. 1; exponential of the negative
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -33,8 +34,8 @@ class Score(nn.Module, ABC):
             may be used.
         is_sparing: `attend` writes out nothing that grows with queries times keys, however many there are.
         scale: that factor.
-        has_token_kernel: `token_attention.py` serves it: prepared queries and keys are the features as they are, and it
-            is a `DistanceScore` of `beta`.
+        has_token_kernel: `token_attention.py` serves it, by `token_exponents`. A class says so for itself and not for
+            those derived from it, which may normalise otherwise.
     """
 
     is_dot_product: bool = False
@@ -84,6 +85,11 @@ class Score(nn.Module, ABC):
         """The weighted sums where `has_kernel`; no key is hidden but what is later than a query."""
         raise NotImplementedError(f"{type(self).__name__} has no kernel")
 
+    def token_exponents(self, dtype: torch.dtype) -> tuple[np.ndarray, bool, np.floating, bool]:
+        """The exponents of features as they are, where `has_token_kernel`: the inverse temperature of each head or of
+        all, whether they are exponentials, the least, and whether they are of products, not of distances."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernel")
+
     def set_longest_row(self, block_size: int) -> None:
         """Learns how many keys a query may see at the most, once the attention is built; for scores that need it."""
 
@@ -117,10 +123,14 @@ class ScaledDotScore(Score):
     r""":math:`a_{ij} = q_i \cdot k_j / \sqrt{f}`."""
 
     is_dot_product = True
+    has_token_kernel = True
 
     def __init__(self, num_heads: int, features: int):
         super().__init__(num_heads, features)
         self.scale = features**-0.5
+
+    def token_exponents(self, dtype: torch.dtype) -> tuple[np.ndarray, bool, np.floating, bool]:
+        return *distance_attention.exponents(dtype, torch.tensor([self.scale], dtype=dtype)), True
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
@@ -135,6 +145,7 @@ class TemperedDotScore(Score):
     """
 
     is_dot_product = True
+    has_token_kernel = True
 
     def __init__(self, num_heads: int, features: int):
         super().__init__(num_heads, features)
@@ -148,6 +159,9 @@ class TemperedDotScore(Score):
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
         return self.beta.to(q.dtype)[:, None, None] * q
 
+    def token_exponents(self, dtype: torch.dtype) -> tuple[np.ndarray, bool, np.floating, bool]:
+        return *distance_attention.exponents(dtype, self.beta), True
+
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]
     ) -> Float[Tensor, "batch heads queries keys"]:
@@ -156,8 +170,6 @@ class TemperedDotScore(Score):
 
 class DistanceScore(Score):
     """Base of scores of the distances between queries and keys, which have a kernel (`distance_attention.py`)."""
-
-    has_token_kernel = True
 
     @property
     def beta(self) -> Float[Tensor, " heads"] | None:
@@ -181,6 +193,9 @@ class DistanceScore(Score):
     ) -> Float[Tensor, "batch heads queries features"]:
         return distance_attention.attend(q, k, v, self.beta, is_causal)
 
+    def token_exponents(self, dtype: torch.dtype) -> tuple[np.ndarray, bool, np.floating, bool]:
+        return *distance_attention.exponents(dtype, self.beta), False
+
 
 class GaussianScore(DistanceScore):
     r""":math:`a_{ij} = -\beta \lVert q_i - k_j \rVert^2`, :math:`\beta > 0` learned per head.
@@ -198,6 +213,7 @@ class GaussianScore(DistanceScore):
 
     is_dot_product = True
     is_widened = True
+    has_token_kernel = True
 
     def __init__(self, num_heads: int, features: int, beta: float | None = None):
         super().__init__(num_heads, features)
@@ -243,6 +259,7 @@ class PublishedGaussianScore(DistanceScore):
     """
 
     is_structured = True
+    has_token_kernel = True
 
     def queries(self, q: Float[Tensor, "batch heads seq features"]) -> Float[Tensor, "batch heads seq prepared"]:
         return widened(q)

@@ -1,9 +1,9 @@
 """Attention of one token per text in one call of a kernel, as generation needs it.
 
-The calls that it stands for have so little to do that they take several times as long. It serves scores of distances on
-the CPU, for a few texts at a time, without padding, positions or gradients. Features that have a recipe (`recipes.py`)
-are made by the kernel, others before it. Everything else goes the way of `attention.py`, and so does what has hooks, as
-they would not be called.
+The calls that it stands for have so little to do that they take several times as long. It serves scores of distances
+and products on the CPU, for a few texts at a time, without padding, positions or gradients. Features that have a recipe
+(`recipes.py`) are made by the kernel, others before it. Everything else goes the way of `attention.py`, and so does
+what has hooks, as they would not be called.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pennylane_qattn import kernels
-from pennylane_qattn.distance_attention import exponents
 from pennylane_qattn.neighbours import join_neighbours
 from pennylane_qattn.precision import cast
 from pennylane_qattn.recipes import Affine, Forms, Recipe, affine
@@ -37,12 +36,14 @@ def attend(
 ) -> Float[Tensor, "batch 1 embed"] | None:
     """The attention of the next token of each text, which the cache holds afterwards; `None`, and nothing is changed,
     if no kernel serves it."""
+    if not kernels.serve(x) or len(x) > most_texts(x.dtype):
+        return None
     parts = attention._modules
     score, query_map, key_map, value_map = (parts[name] for name in ("score", "query_map", "key_map", "value_map"))
-    if not score.has_token_kernel or len(x) > most_texts(x.dtype) or torch.is_grad_enabled() or not kernels.serve(x):
+    if not vars(type(score)).get("has_token_kernel") or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     room, out = cache.room_for_next(len(x)), affine(parts["out_proj"])
-    if room is None or out is None or torch.is_autocast_enabled("cpu"):
+    if room is None or out is None:
         return None
     joined, recent = x, None
     if attention.span > 1:
@@ -75,7 +76,7 @@ def attend(
     held = (x, *made, inputs, keys, values, *out, result)
     places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in held)
     sizes = (texts, heads, embed, features, outputs, len(cache), length, *sizes_of_forms)
-    attend_token(places, sizes, *exponents(x.dtype, score.beta), is_raw, *words)
+    attend_token(places, sizes, *score.token_exponents(x.dtype), is_raw, *words)
     cache.count_next()
     if attention.span > 1:
         cache.recent = recent

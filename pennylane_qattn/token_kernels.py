@@ -97,7 +97,7 @@ def _sum_squares(block, readout, head, forms, nothing, like, found):
 
 @compiled
 def attend_token(
-    places, sizes, betas, is_double, least, is_raw,
+    places, sizes, betas, is_double, least, is_product, is_raw,
     firsts, kinds, words, begins, ends, offsets, pairs, coefficients, place, most,
 ):  # fmt: skip
     """The attention of the next token of every text, its key and value written into the cache.
@@ -107,6 +107,7 @@ def attend_token(
         betas: one for each head, or one for all.
         is_double: exponents are exponentials.
         least: exponents below are taken for this one; it has the dtype of all numbers.
+        is_product: exponents are of products, not of distances (`distance_kernels.attend_row`).
         is_raw: what forms are made of is still to be divided by its norm.
         firsts, ...: the words (`word_kernels.WordPairs`).
     """
@@ -152,8 +153,9 @@ def attend_token(
     for pair in range(texts * heads):
         begin, beta = pair * length, betas[pair % len(betas)]
         attend_row(
-            near, pair, keys, begin, 1, values, begin, 1, seen, beta, is_double, least, weights, row, mixed, pair
-        )
+            near, pair, keys, begin, 1, values, begin, 1, seen,
+            beta, is_double, least, is_product, weights, row, mixed, pair,
+        )  # fmt: skip
 
     result, joined = rows_at(places[_RESULT], texts, embed, least), mixed.reshape(texts, heads * outputs)
     _project(places[_OUT], places[_OUT_BIAS], embed, joined, texts, columns, nothing, least, made)

@@ -84,7 +84,6 @@ class SparseScore(Score):
 
     is_structured = True
     is_dot_product = False
-    has_token_kernel = False
     sparsity: Sparsity
 
     def set_longest_row(self, block_size: int) -> None:

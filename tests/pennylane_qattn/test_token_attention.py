@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(kernels.numba is None, reason="kernels are of th
 
 LENGTH, FILLED = 7, 3
 CACHED = sorted(name for name, cls in ATTENTION.items() if not cls.is_published)
-BY_DISTANCE = {"gaussian", "ngram", "qisa", "qisa-absorbed", "qsann", "qsann-multi"}
+SERVED = {"classical", "gaussian", "ngram", "qisa", "qisa-absorbed", "qsann", "qsann-multi", "scaled-dot"}
 #: A mechanism with its options, and its embedding and heads: features with recipes of every kind and without, one or
 #: several features, widths that fill no vector and more than one.
 CASES = [
@@ -27,6 +27,8 @@ CASES = [
     ("gaussian", {"values": "rectified", "head_dim": 1}, 5, 2),
     ("ngram", {"split": True, "head_dim": 1, "rank": 3}, 6, 2),
     ("qisa-absorbed", {"split": True, "head_dim": 7}, 10, 2),
+    ("classical", {"bias": True, "head_dim": 17}, 8, 2),
+    ("scaled-dot", {"head_dim": 16}, 32, 2),
 ]
 
 
@@ -65,7 +67,7 @@ def test_token_by_token_equals_the_whole_text(name, options, embed, heads, texts
     module, x = make(name, options, embed, heads, dtype, texts)
     cache = module.new_cache(texts)
     found = by_tokens(module, x, cache)
-    assert calls == ([texts] * (LENGTH - FILLED) if name in BY_DISTANCE else [])
+    assert calls == ([texts] * (LENGTH - FILLED) if name in SERVED else [])
     with torch.no_grad():
         close(found, module(x), factor=10)
     monkeypatch.setenv("QATTN_KERNELS", "0")
