@@ -25,6 +25,8 @@ from pennylane_qattn.word_kernels import WordPairs
 if TYPE_CHECKING:
     from pennylane_qattn.attention import Attention, KeyValueCache
 
+#: Most multiplications by weights that one thread takes upon itself, to be divided by how many more torch would have.
+MOST_WORK = 2**24
 _NO_WORDS = {
     dtype: WordPairs.of([["Z"]], False, np.dtype(name))
     for dtype, name in ((torch.float32, "float32"), (torch.float64, "float64"))
@@ -42,7 +44,11 @@ def attend(
     score, query_map, key_map, value_map = (parts[name] for name in ("score", "query_map", "key_map", "value_map"))
     if not vars(type(score)).get("has_token_kernel") or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    room, out = cache.room_for_next(len(x)), affine(parts["out_proj"])
+    (texts, _, embed), length = x.shape, cache.max_len
+    heads, features, outputs = attention.num_heads, query_map.out_features, attention.head_dim
+    if 2 * texts * embed * heads * (features + outputs) * (torch.get_num_threads() - 1) > MOST_WORK:
+        return None
+    room, out = cache.room_for_next(texts), affine(parts["out_proj"])
     if room is None or out is None:
         return None
     joined, recent = x, None
@@ -52,8 +58,7 @@ def attend(
     q, k = (recipe if isinstance(recipe := part.recipe(x), Affine) else None for part in (query_map, key_map))
     v = value_map.recipe(joined)
 
-    (keys, values), (texts, _, embed), length = room, x.shape, cache.max_len
-    heads, features, outputs = attention.num_heads, query_map.out_features, attention.head_dim
+    keys, values = room
     needed = [
         (keys, (texts, heads, length, features)),
         (values, (texts, heads, length, outputs)),

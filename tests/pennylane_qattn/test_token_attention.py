@@ -87,6 +87,16 @@ def test_as_many_texts_as_a_vector_has_lanes(calls, close, dtype):
     assert set(calls) == {lanes}
 
 
+def test_much_work_is_left_to_the_threads_of_torch(calls, monkeypatch):
+    module, x = make("gaussian", {}, 12, 3)  # 2 texts, 4 x 12 x 12 weights
+    monkeypatch.setattr(token_attention, "MOST_WORK", 2 * 4 * 12 * 12 * 3)
+    for threads, number in ((1, 4), (4, 4), (5, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        calls.clear()
+        by_tokens(module, x)
+        assert len(calls) == number
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e18])
 def test_embeddings_of_any_size(scale, calls, dtype, close):
     """The norm is taken with care, and the zero vector has the value of the first basis state."""
