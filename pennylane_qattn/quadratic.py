@@ -49,6 +49,45 @@ def plain_quadratic_forms(
     return torch.bmm(torch.bmm(a.expand(len(rows), -1, -1), rows.transpose(1, 2)).square(), signs)
 
 
+def learned_quadratic_forms(
+    a: Float[Tensor, "#heads tokens amplitudes"],
+    rows: Float[Tensor, "heads rows amplitudes"],
+    signs: Float[Tensor, "heads rows forms"],
+) -> Float[Tensor, "heads tokens forms"]:
+    """The same where `signs` are learned and `A` has no more rows than columns, or few: there `Aa` is worth keeping.
+
+    What is kept of it is the product and not its square as well.
+    """
+    if is_transformed() or not torch.is_grad_enabled():
+        return plain_quadratic_forms(a, rows, signs)
+    return _Kept.apply(a, rows, signs)
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, rows: Tensor, signs: Tensor) -> Tensor:
+        products = torch.bmm(a.expand(len(rows), -1, -1), rows.mT)
+        ctx.save_for_backward(a, rows, signs, products)
+        return torch.bmm(products.square(), signs)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        a, rows, signs, products = ctx.saved_tensors
+        with without_autocast(upstream.device):
+            weighted = upstream @ (2 * signs).mT
+            if torch.is_grad_enabled():  # a second derivative sees how the product came about
+                products = a @ rows.mT
+                weighted = weighted * products
+            else:
+                weighted.mul_(products)
+            by_a, by_rows, by_signs = ctx.needs_input_grad
+            return (
+                (weighted @ rows).sum_to_size(a.shape) if by_a else None,
+                weighted.mT @ a if by_rows else None,
+                products.square().mT @ upstream if by_signs else None,
+            )
+
+
 class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, rows: Tensor, signs: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pennylane_qattn.features import (
     draw_matrices,
 )
 from pennylane_qattn.precision import promoted
-from pennylane_qattn.quadratic import plain_quadratic_forms
+from pennylane_qattn.quadratic import learned_quadratic_forms
 from pennylane_qattn.recipes import Forms, is_as_written
 
 #: Largest table of random forms of one map, in bytes of float32.
@@ -158,7 +158,7 @@ class LearnedQuadraticFeatureMap(PerHeadFeatureMap):
 
     def per_head(self, x: Float[Tensor, "#heads tokens inputs"]) -> Float[Tensor, "heads tokens features"]:
         x, weight = promoted(x, self.weight)
-        return plain_quadratic_forms(normalise(x), weight, self.readout_weight.to(x.dtype))
+        return learned_quadratic_forms(normalise(x), weight, self.readout_weight.to(x.dtype))
 
     def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Forms | None:
         if not is_as_written(self, PerHeadFeatureMap.forward, per_head=LearnedQuadraticFeatureMap.per_head):

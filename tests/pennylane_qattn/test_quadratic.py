@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pennylane_qattn import quadratic
-from pennylane_qattn.quadratic import plain_quadratic_forms, quadratic_forms
+from pennylane_qattn.quadratic import learned_quadratic_forms, plain_quadratic_forms, quadratic_forms
 
 
 def problem(dtype, rng, vectors=3):
@@ -46,3 +46,33 @@ def test_no_tokens(rng):
     assert out.shape == (3, 0, 2)
     out.sum().backward()
     assert a.grad.shape == a.shape
+
+
+# --- with learned signs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_learned_signs(vectors, rng):
+    a, rows, signs = problem(torch.float64, rng, vectors)
+    inputs = a, rows, signs.requires_grad_()
+    torch.testing.assert_close(learned_quadratic_forms(*inputs), plain_quadratic_forms(*inputs), rtol=0, atol=0)
+    assert torch.autograd.gradcheck(learned_quadratic_forms, inputs)
+    assert torch.autograd.gradgradcheck(learned_quadratic_forms, inputs)
+    assert torch.autograd.gradcheck(learned_quadratic_forms, inputs, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_what_is_frozen_gets_no_gradient(frozen, rng):
+    a, rows, signs = problem(torch.float64, rng)
+    inputs = [a, rows, signs.requires_grad_()]
+    inputs[frozen] = inputs[frozen].detach()
+    learned_quadratic_forms(*inputs).sum().backward()
+    assert [tensor.grad is None for tensor in inputs] == [number == frozen for number in range(3)]
+
+
+def test_the_square_is_not_kept(rng):
+    a, rows, signs = problem(torch.float32, rng, vectors=1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        learned_quadratic_forms(a, rows, signs.requires_grad_())
+    assert sorted(tensor.numel() for tensor in kept) == sorted([a.numel(), rows.numel(), signs.numel(), 3 * 11 * 7])
