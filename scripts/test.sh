@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [--slow] [--plugins] [--docs] [--coverage] [arguments of pytest ...]
 #
-# --slow     runs the slow tests too
+# --slow     runs the slow tests too, and checks the shapes of every test's calls against signatures, not of some alone
 # --plugins  installs the devices of PennyLane's partners (the extra `plugins`), and runs the tests on them and nothing
 #            else
 # --docs     builds the documentation (docs.sh), with every example in it, and runs the tests of the pages and nothing
@@ -17,7 +17,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 arguments=() extras=test,hf,fast docs=0
 for argument in "$@"; do
     case "$argument" in
-    --slow) arguments+=(-m "not plugins") ;;
+    --slow) arguments+=(-m "not plugins" --all-shapes) ;;
     --plugins) arguments+=(-m plugins) extras=test,hf,fast,plugins ;;
     --coverage) arguments+=(--cov=pennylane_qattn --cov=lightning_modules --cov-report=term-missing:skip-covered) ;;
     --docs) docs=1 extras=test,hf,fast,docs ;;

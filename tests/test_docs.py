@@ -10,7 +10,6 @@ import sys
 import types
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 import yaml
@@ -73,17 +72,15 @@ def run(code: str, line: int, names: dict, page: str) -> None:
 
 
 @pytest.fixture
-def module():
+def module(without_shape_checks):
     """A module for a page's names, so that what it defines can be pickled; registries are left as they were.
 
     Shapes are not checked against signatures meanwhile: a reader meets the package's own messages.
     """
-    jaxtyping.config.update("jaxtyping_disable", True)
     kept = {kind: dict(registry) for kind, registry in Registry.all.items()}
     name = "a_page_of_the_docs"
     sys.modules[name] = types.ModuleType(name)
     yield sys.modules[name]
-    jaxtyping.config.update("jaxtyping_disable", False)
     del sys.modules[name]
     for kind, entries in kept.items():
         Registry.all[kind].clear()
@@ -269,14 +266,12 @@ def small(line: str) -> list[str]:
 
 
 @pytest.fixture
-def beside_configs(monkeypatch, tmp_path):
+def beside_configs(monkeypatch, tmp_path, without_shape_checks):
     """An empty folder with the configs; what `qattn` sets for its process is undone. Shapes are as in `module`."""
-    jaxtyping.config.update("jaxtyping_disable", True)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
     yield tmp_path
-    jaxtyping.config.update("jaxtyping_disable", False)
     torch.use_deterministic_algorithms(deterministic)
     for name in os.environ.keys() - before.keys():
         del os.environ[name]

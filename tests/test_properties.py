@@ -241,11 +241,12 @@ def changed(value, path: tuple, other):
 @contextlib.contextmanager
 def signatures_unchecked():
     """A reader meets the package's own messages, and not those of the checks that tests/conftest.py installs."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @given(paths(), st.integers(-1, 9) | plain)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import jaxtyping
 import pytest
 import torch
 
@@ -12,12 +11,8 @@ from pennylane_qattn import ATTENTION, build_attention
 LENGTH, WIDTH = 7, 8
 
 
-@pytest.fixture(autouse=True)
-def unchecked():
-    """To check shapes against signatures would fix the size of the batch."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# To check shapes against signatures would fix the size of the batch.
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 
 @pytest.mark.parametrize("name", list(ATTENTION))
