@@ -93,16 +93,20 @@ class KeyValueCache:
 
     def room_for_next(
         self, batch_size: int
-    ) -> tuple[Float[Tensor, "batch heads max prepared"], Float[Tensor, "batch heads max features"]] | None:
-        """The memory of keys and values, whose next free token may be written, and counted by `count_next`.
+    ) -> tuple[Float[Tensor, "batch heads max prepared"], Float[Tensor, "batch heads max features"], int] | None:
+        """The memory of keys and values, and the place there of the next token, which may be written, and is then
+        counted by `count_next`.
 
-        `None` where only `append` knows what to do: at the start, at the end, with another batch, and with padding or
-        positions.
+        `None` where only `append` knows what to do: at the start, at the end, with another batch, with padding or
+        positions, and where a subclass or somebody else has it do otherwise.
         """
-        is_plain = self._padding is None and self._positions is None and self._keys is not None
-        if not is_plain or batch_size != self.batch_size or self._length >= self.max_len:
+        if type(self) is not KeyValueCache or "append" in vars(self) or self._keys is None:
             return None
-        return self._keys, self._values
+        if self._padding is not None or self._positions is not None:
+            return None
+        if batch_size != self.batch_size or not 0 <= self._length < self.max_len:
+            return None
+        return self._keys, self._values, self._length
 
     def count_next(self) -> None:
         """The next token's key and value have been written."""
@@ -456,23 +460,22 @@ class Attention(nn.Module):
     def _keys_and_values(self, x, padding, positions, cache) -> tuple[Tensor, Tensor, Visibility]:
         past = 0 if cache is None else len(cache)
         queries = x.shape[1]
-        k, v = self.score.keys(self.key_map(x)), self.value_map(self._joined(x, padding, positions, cache))
+        joined, recent = self._joined(x, padding, positions, cache)
+        k, v = self.score.keys(self.key_map(x)), self.value_map(joined)
         if padding is not None:  # a weight of 0 does not silence a NaN
             k, v = (t.masked_fill(padding[:, None, :, None], 0.0) for t in (k, v))
         if cache is not None:
             k, v, padding, positions = cache.append(k, v, padding, positions)
+            cache.recent = recent  # last, so that what is refused leaves no trace
         query_positions = None if positions is None else positions[:, past:]
         return k, v, Visibility(queries, past + queries, self.is_causal, padding, query_positions, positions)
 
-    def _joined(self, x: Tensor, padding, positions, cache: KeyValueCache | None) -> Tensor:
-        """What the value map reads."""
+    def _joined(self, x: Tensor, padding, positions, cache: KeyValueCache | None) -> tuple[Tensor, Recent | None]:
+        """What the value map reads, and what later tokens are joined with."""
         if self.span == 1:
-            return x
+            return x, None
         recent, past = (None, 0) if cache is None else (cache.recent, len(cache))
-        joined, recent = join_neighbours(x, self.span, padding, positions, recent, past)
-        if cache is not None:
-            cache.recent = recent
-        return joined
+        return join_neighbours(x, self.span, padding, positions, recent, past)
 
     def __repr__(self) -> str:
         described = [f"embed={self.embed_dim}", f"heads={self.num_heads}", f"head_dim={self.head_dim}"]

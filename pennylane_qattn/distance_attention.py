@@ -19,7 +19,7 @@ from pennylane_qattn.transforms import is_batched, without_autocast
 MOST_NUMBERS = 2**17
 _NUMBERS: dict[torch.dtype, type[np.floating]] = {torch.float32: np.float32, torch.float64: np.float64}
 _LEAST = {dtype: number(LEAST[dtype]) for dtype, number in _NUMBERS.items()}
-_NO_BETA = {dtype: np.ones(1, number) for dtype, number in _NUMBERS.items()}
+_ONE = {dtype: np.ones(1, number) for dtype, number in _NUMBERS.items()}
 
 
 def serve(
@@ -143,9 +143,11 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[1], q.shape[2], k.shape[2]
 
 
-def exponents(dtype: torch.dtype, beta: Float[Tensor, " heads"] | None) -> tuple[np.ndarray, bool, np.floating]:
+def exponents(dtype: torch.dtype, beta: Float[Tensor, " heads"] | float | None) -> tuple[np.ndarray, bool, np.floating]:
     """What kernels know of exponents: the inverse temperatures, whether exponents are exponentials, and the least."""
-    return (_NO_BETA[dtype] if beta is None else cast(beta, dtype).detach().numpy()), beta is None, _LEAST[dtype]
+    if isinstance(beta, Tensor):
+        return cast(beta, dtype).detach().numpy(), False, _LEAST[dtype]
+    return _ONE[dtype] if beta is None else _ONE[dtype] * _NUMBERS[dtype](beta), beta is None, _LEAST[dtype]
 
 
 def _places(*tensors: Tensor) -> tuple[list[Tensor], np.ndarray]:

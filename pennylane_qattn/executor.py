@@ -91,10 +91,11 @@ class FoldedExecutor(Executor):
         return quadratic_forms(amplitudes, rows, signs)
 
     def recipe(self, x: Float[Tensor, "#heads tokens features"], weights: Float[Tensor, "heads ..."]) -> Forms | None:
+        is_as_written = type(self).expectations is FoldedExecutor.expectations and "expectations" not in vars(self)
+        if not is_as_written or x.dtype != weights.dtype:
+            return None
         encoding, fold = self.circuits[0].encoding, self._fold(weights.dtype, weights.device)
         is_raw = type(encoding) is AmplitudeEncoding
-        if x.dtype != weights.dtype:
-            return None
         amplitudes = x if is_raw else encoding.amplitudes(x)
         rows = self._state_rows(fold, weights, amplitudes.shape[-1])
         return Forms(amplitudes, is_raw, rows, self._words.pairs(x.dtype))

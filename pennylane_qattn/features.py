@@ -74,7 +74,7 @@ class LinearFeatureMap(FeatureMap):
         return self.linear(x).unflatten(-1, (self.num_heads, self.out_features)).transpose(1, 2)
 
     def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Affine | None:
-        return affine(self._modules["linear"]) if is_as_written(self, LinearFeatureMap.forward) else None
+        return affine(self._modules.get("linear")) if is_as_written(self, LinearFeatureMap.forward) else None
 
 
 class PerHeadFeatureMap(FeatureMap):
@@ -282,10 +282,12 @@ class CircuitFeatureMap(_MeasuredFeatureMap):
         return self.executor.expectations(*promoted(x, self.weights))
 
     def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Forms | None:
-        if not is_as_written(self, _MeasuredFeatureMap.forward, per_head=CircuitFeatureMap.per_head):
+        parts = {"per_head": CircuitFeatureMap.per_head, "inputs": PerHeadFeatureMap.inputs}
+        weights = self._parameters.get("weights")
+        if weights is None or not is_as_written(self, _MeasuredFeatureMap.forward, **parts):
             return None
         self._follow_words()
-        return self.executor.recipe(self.inputs(x), self._parameters["weights"])
+        return self.executor.recipe(self.inputs(x), weights)
 
     def prepare(self) -> None:
         super().prepare()
@@ -367,12 +369,11 @@ class QuadraticFeatureMap(_MeasuredFeatureMap):
         return quadratic_forms(x, rows, signs)
 
     def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Forms | None:
-        if not is_as_written(self, _MeasuredFeatureMap.forward, per_head=QuadraticFeatureMap.per_head):
+        parts = {"per_head": QuadraticFeatureMap.per_head, "inputs": PerHeadFeatureMap.inputs}
+        weight = self._parameters.get("weight")
+        if weight is None or x.dtype != weight.dtype or not is_as_written(self, _MeasuredFeatureMap.forward, **parts):
             return None
         self._follow_words()
-        weight = self._parameters["weight"]
-        if x.dtype != weight.dtype:
-            return None
         return Forms(self.inputs(x), False, self._padded(weight), self._measurement.pairs(x.dtype))
 
     def _padded(self, weight: Float[Tensor, "heads inputs inputs"]) -> Float[Tensor, "heads dim inputs"]:

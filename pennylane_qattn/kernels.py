@@ -5,10 +5,13 @@ every product out. A kernel keeps a few tokens in the processor's cache, one per
 on other processors, under `torch.compile` and under `torch.func`, torch computes the same values by itself.
 """
 
+import hashlib
 import inspect
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,11 +50,28 @@ def compiled(function: Callable) -> Callable:
     # sums may be added up in any order, several at a time
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
     try:
-        return numba.njit(cache=True, **options)(plain)
+        kernel = numba.njit(cache=True, **options)(plain)
     except RuntimeError as error:  # no folder to keep machine code in: each process compiles its own
         if "no locator available" not in str(error):
             raise
         return numba.njit(**options)(plain)
+    # Numba looks for changes in the kernel's own file alone, and a kernel has parts from other files in it.
+    kept = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+    if not hasattr(kept, "_source_stamp"):  # a Numba that cannot be told: nothing is kept that might be stale
+        return numba.njit(**options)(plain)
+    kept._source_stamp = kept._source_stamp, _digest()
+    return kernel
+
+
+@cache
+def _digest() -> str:
+    """Of this file and of all that have parts of kernels, which they mark by what is defined here."""
+    digest, marks = hashlib.sha256(Path(__file__).read_bytes()), (b"@inlined", b"@compiled", b"@kernels.compiled")
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source = path.read_bytes()
+        if any(mark in source for mark in marks):
+            digest.update(source)
+    return digest.hexdigest()
 
 
 def inlined(function: Callable) -> Callable:

@@ -66,9 +66,10 @@ def learned_quadratic_forms(
 class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, rows: Tensor, signs: Tensor) -> Tensor:
-        products = torch.bmm(a.expand(len(rows), -1, -1), rows.mT)
-        ctx.save_for_backward(a, rows, signs, products)
-        return torch.bmm(products.square(), signs)
+        with without_autocast(a.device):
+            products = torch.bmm(a.expand(len(rows), -1, -1), rows.mT)
+            ctx.save_for_backward(a, rows, signs, products)
+            return torch.bmm(products.square(), signs)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):

@@ -1,6 +1,10 @@
-"""How features come about, for a kernel that makes them together with what is done with them (`token_attention.py`)."""
+"""How features come about, for a kernel that makes them together with what is done with them (`token_attention.py`).
 
-from typing import Any, NamedTuple
+A recipe must say the same as `forward`, so whoever may have changed what `forward` does gets none: `is_as_written`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,13 +35,20 @@ class Forms(NamedTuple):
     matrices: Float[Tensor, "heads rows amplitudes"]
     readout: WordPairs | Float[Tensor, "heads rows forms"]
 
+    @property
+    def squares(self) -> Float[Tensor, "heads rows forms"] | None:
+        """What the squares are multiplied by; `None` for words."""
+        return self.readout if isinstance(self.readout, Tensor) else None
+
 
 Recipe = Affine | Forms
 
 
-def is_as_written(module: nn.Module, forward: Any, **methods: Any) -> bool:
-    """Whether a call of the module does what this `forward` does, and what it calls are these methods: no subclass,
-    hook or patch has it otherwise, so another way to the same result may be taken."""
+def is_as_written(module: nn.Module, forward: Callable, **methods: Callable) -> bool:
+    """Whether a call of the module runs this `forward`, and these methods where it calls them.
+
+    It does not where there are hooks, where a subclass has its own, or where the module itself was given one.
+    """
     own, kind = module.__dict__, type(module)
     if kind.forward is not forward or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return False
@@ -46,9 +57,12 @@ def is_as_written(module: nn.Module, forward: Any, **methods: Any) -> bool:
     return not (hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
 
 
-def affine(linear: nn.Module) -> Affine | None:
+def affine(linear: nn.Module | None) -> Affine | None:
     """The recipe of torch's linear layer; `None` if it is none, or not as torch has written it."""
-    # by way of the dictionary, as a module's own way to its parameters takes longer than a kernel
     if type(linear) is not nn.Linear or not is_as_written(linear, nn.Linear.forward):
         return None
-    return Affine(linear._parameters["weight"], linear._parameters["bias"])
+    # by way of the dictionary, as a module's own way to its parameters takes longer than a kernel
+    parameters = linear._parameters
+    if "bias" not in parameters or (weight := parameters.get("weight")) is None:
+        return None  # kept in some other way
+    return Affine(weight, parameters["bias"])

@@ -130,7 +130,7 @@ class ScaledDotScore(Score):
         self.scale = features**-0.5
 
     def token_exponents(self, dtype: torch.dtype) -> tuple[np.ndarray, bool, np.floating, bool]:
-        return *distance_attention.exponents(dtype, torch.tensor([self.scale], dtype=dtype)), True
+        return *distance_attention.exponents(dtype, self.scale), True
 
     def forward(
         self, q: Float[Tensor, "batch heads queries prepared"], k: Float[Tensor, "batch heads keys prepared"]

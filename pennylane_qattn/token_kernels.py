@@ -13,11 +13,12 @@ from pennylane_qattn.kernels import compiled, inlined
 from pennylane_qattn.simd import dot, item, lanes, load, rows_at, splat, store
 from pennylane_qattn.word_kernels import sum_up
 
-#: What stands in `places`, all of them addresses, and 0 for what is not there: the embedding; weight and bias of the
-#: queries, of the keys and of the values, where without a weight the bias is the features themselves, and where values
-#: are forms, weight and bias are the matrices and what squares are multiplied by (0: the forms are words); what values
-#: are made of; keys and values in the cache; weight and bias of the output projection; the result.
-_X, _Q, _Q_BIAS, _K, _K_BIAS, _V, _V_BIAS, _INPUTS, _KEYS, _VALUES, _OUT, _OUT_BIAS, _RESULT = range(13)
+#: What stands in `places`, all of them addresses, and 0 for what is not there: the embedding; weight and bias, or the
+#: features themselves, of the queries, of the keys and of the values; where values are forms, their matrices and what
+#: squares are multiplied by, without which they are words; what values are made of; keys and values in the cache;
+#: weight and bias of the output projection; the result.
+_X, _Q, _Q_BIAS, _Q_GIVEN, _K, _K_BIAS, _K_GIVEN, _V, _V_BIAS, _V_GIVEN = range(10)
+_MATRICES, _SQUARES, _INPUTS, _KEYS, _VALUES, _OUT, _OUT_BIAS, _RESULT = range(10, 18)
 #: What stands in `sizes`: texts; heads; widths of the embedding, of queries and keys, and of values; tokens in the
 #: cache, and for how many it has room; rows of a head's matrix, 0 if values are no forms; how wide what values are made
 #: of is, its rows, and how many of them lie between one head, and one text, and the next.
@@ -56,13 +57,13 @@ def _multiply(matrix, first, rows, x, begin, by_text, texts, columns, nothing, o
 
 
 @inlined
-def _project(weight, bias, rows, x, texts, columns, nothing, like, out):
-    """`out[row, text] = (weight @ x[text] + bias)[row]`, by the addresses of both; what is given without weight."""
-    if weight == 0:
-        given = rows_at(bias, texts, rows, like)
+def _project(weight, bias, given, rows, x, texts, columns, nothing, like, out):
+    """`out[row, text] = (weight @ x[text] + bias)[row]`, or what is given, all by their addresses."""
+    if given:
+        features = rows_at(given, texts, rows, like)
         for text in range(texts):
             for row in range(rows):
-                out[row, text] = item(given, text, row)
+                out[row, text] = item(features, text, row)
         return
     _multiply(rows_at(weight, rows, x.shape[1], like), 0, rows, x, 0, 1, texts, columns, nothing, out)
     if bias:
@@ -122,30 +123,32 @@ def attend_token(
     made = np.zeros((max(embed, heads * width, heads * outputs), step), dtype)
     near, mixed = np.empty((texts * heads, width), dtype), np.empty((texts * heads, outputs), dtype)
 
-    _project(places[_Q], places[_Q_BIAS], heads * width, x, texts, columns, nothing, least, made)
+    _project(places[_Q], places[_Q_BIAS], places[_Q_GIVEN], heads * width, x, texts, columns, nothing, least, made)
     _turn(made, texts, heads, width, near, 0, 1)
-    _project(places[_K], places[_K_BIAS], heads * width, x, texts, columns, nothing, least, made)
+    _project(places[_K], places[_K_BIAS], places[_K_GIVEN], heads * width, x, texts, columns, nothing, least, made)
     _turn(made, texts, heads, width, keys, sizes[_PAST], length)
     if rows:
         if is_raw:
             unit = np.empty(inputs.shape, dtype)
             normalise_rows(inputs, unit, np.empty((0, 1), dtype), 0, len(inputs))
             inputs = unit
-        matrices = rows_at(places[_V], heads * rows, sizes[_WIDTH], least)
+        matrices = rows_at(places[_MATRICES], heads * rows, sizes[_WIDTH], least)
         block, found = np.zeros((rows, step), dtype), np.zeros((max(most + 1, outputs), step), dtype)
         for head in range(heads):
             found[:] = 0  # of words that no two has
             begin = head * sizes[_BY_HEAD]
             _multiply(matrices, head * rows, rows, inputs, begin, sizes[_BY_TEXT], texts, columns, nothing, block)
-            if places[_V_BIAS]:
-                _sum_squares(block, places[_V_BIAS], head, outputs, nothing, least, found)
+            if places[_SQUARES]:
+                _sum_squares(block, places[_SQUARES], head, outputs, nothing, least, found)
             else:
                 sum_up(block, found, head, firsts, kinds, words, begins, ends, offsets, pairs, coefficients)
             for form in range(outputs):
-                number = form if places[_V_BIAS] else item(place, head, form)
+                number = form if places[_SQUARES] else item(place, head, form)
                 store(made, head * outputs + form, 0, load(found, number, 0))
     else:
-        _project(places[_V], places[_V_BIAS], heads * outputs, inputs, texts, columns, nothing, least, made)
+        _project(
+            places[_V], places[_V_BIAS], places[_V_GIVEN], heads * outputs, inputs, texts, columns, nothing, least, made
+        )
     _turn(made, texts, heads, outputs, values, sizes[_PAST], length)
 
     seen = sizes[_PAST] + 1
@@ -158,5 +161,5 @@ def attend_token(
         )  # fmt: skip
 
     result, joined = rows_at(places[_RESULT], texts, embed, least), mixed.reshape(texts, heads * outputs)
-    _project(places[_OUT], places[_OUT_BIAS], embed, joined, texts, columns, nothing, least, made)
+    _project(places[_OUT], places[_OUT_BIAS], 0, embed, joined, texts, columns, nothing, least, made)
     _turn(made, texts, 1, embed, result, 0, 1)

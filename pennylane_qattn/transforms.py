@@ -13,13 +13,19 @@ _OF_TORCH = (Tensor, nn.Parameter)
 
 
 def is_transformed() -> bool:
-    """Whether this call is compiled, transformed by `torch.func`, differentiated in forward mode, or without numbers.
+    """Whether this call is compiled, recorded, transformed by `torch.func`, differentiated in forward mode, or without
+    numbers.
 
     Then formulas are given as they stand: shortcuts that manage memory by themselves would be in the way.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return forward_ad._current_level >= 0 or is_without_numbers()
+    return forward_ad._current_level >= 0 or is_without_numbers() or _is_recorded()
+
+
+def _is_recorded() -> bool:
+    """Whether operations are written down to be run again, as `make_fx` does: only what torch computes is seen."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def is_without_numbers() -> bool:

@@ -161,9 +161,11 @@ class LearnedQuadraticFeatureMap(PerHeadFeatureMap):
         return learned_quadratic_forms(normalise(x), weight, self.readout_weight.to(x.dtype))
 
     def recipe(self, x: Float[Tensor, "batch seq embed"]) -> Forms | None:
-        if not is_as_written(self, PerHeadFeatureMap.forward, per_head=LearnedQuadraticFeatureMap.per_head):
+        parts = {"per_head": LearnedQuadraticFeatureMap.per_head, "inputs": PerHeadFeatureMap.inputs}
+        if not is_as_written(self, PerHeadFeatureMap.forward, **parts):
             return None
-        return Forms(self.inputs(x), True, self._parameters["weight"], self._parameters["readout_weight"])
+        weight, readout = (self._parameters.get(name) for name in ("weight", "readout_weight"))
+        return None if weight is None or readout is None else Forms(self.inputs(x), True, weight, readout)
 
 
 class RectifiedFeatureMap(LearnedQuadraticFeatureMap):

@@ -1,9 +1,12 @@
 """What runs the kernels of the CPU: without a cache, on views, and in threads."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +40,42 @@ def test_no_folder_for_machine_code():
     """As in a read-only image without a home directory: kernels are compiled, and not kept."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+OWN = """
+import numpy as np
+from pennylane_qattn.kernels import compiled
+from pennylane_qattn.simd import dot, splat
+
+@compiled
+def square(a, out, first, last):
+    out[0] = dot(a, 0, a, 0, splat(a.dtype.type(0)))
+
+out = np.zeros(1)
+square(np.array([[3.0, 4.0]]), out, 0, 1)
+print(out[0], sum(square.stats.cache_hits.values()))
+"""
+
+
+def test_a_change_in_a_part_of_kernels_is_seen(tmp_path):
+    """Machine code that is kept is that of the files as they are, though the kernel's own has not changed."""
+    package = tmp_path / "pennylane_qattn"
+    shutil.copytree(Path(kernels.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "own.py").write_text(OWN)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run():
+        command = [sys.executable, str(tmp_path / "own.py")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split()
+
+    assert [run(), run()] == [["25.0", "0"], ["25.0", "1"]]
+    part = package / "simd.py"
+    source = part.read_text()
+    assert source.count("return product\n") == 1
+    part.write_text(source.replace("return product\n", "return 2 * product\n"))
+    assert run() == ["50.0", "0"]
 
 
 def negative_view(shape, rng):
@@ -90,13 +129,13 @@ def test_one_pool_grows(monkeypatch):
     monkeypatch.setattr(kernels, "_pool", None)
 
     def work(counts, first, last):
-        time.sleep(0.01)  # so that every part needs a thread of its own
+        together.wait(60)  # so that every part needs a thread of its own
         counts[first:last] += 1
 
     before = set(threads_of_kernels())
     for parts in (2, 3, 5, 2, 4):
         monkeypatch.setattr(torch, "get_num_threads", lambda parts=parts: parts)
-        counts = torch.zeros(5000)
+        counts, together = torch.zeros(5000), threading.Barrier(parts)
         kernels.run(work, 5000, counts)
         assert (counts == 1).all()
     assert kernels._pool[0] == 4

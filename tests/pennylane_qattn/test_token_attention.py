@@ -5,9 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations, parametrize
 
 from pennylane_qattn import ATTENTION, build_attention, kernels, token_attention
 from pennylane_qattn.attention import KeyValueCache
+from pennylane_qattn.executor import FoldedExecutor
+from pennylane_qattn.features import FeatureMap
+from pennylane_qattn.value_maps import LearnedQuadraticFeatureMap
 
 pytestmark = pytest.mark.skipif(kernels.numba is None, reason="kernels are of the extra fast")
 
@@ -203,7 +208,7 @@ def test_a_subclass_does_what_it_says(path):
 
 def test_a_parametrized_layer_does_what_it_says(calls):
     module, x = make("qisa", {}, 12, 3)
-    torch.nn.utils.parametrizations.weight_norm(module.key_map.linear)
+    parametrizations.weight_norm(module.key_map.linear)
     module.key_map.linear.parametrizations.weight.original0.data *= 3
     with torch.no_grad():
         torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-12, atol=1e-12)
@@ -303,3 +308,228 @@ def test_a_temperature_of_another_precision(calls):
     with torch.no_grad():
         torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-5, atol=1e-5)
     assert calls
+
+
+class SharedQueries(FeatureMap):
+    """One query for all heads, which attention has always spread over them."""
+
+    def forward(self, x):
+        return x[:, None, :, : self.out_features]
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_features_that_are_spread_over_heads(calls):
+    module, x = make("classical", {}, 12, 3)
+    module.query_map = SharedQueries(12, 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-12, atol=1e-12)
+    assert calls
+
+
+class Wrapped(nn.Module):
+    """A map that is no `FeatureMap`, and hands everything else on, as `torch.compile` does with a module."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other, self.seen = other, 0
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("other"), name)
+
+    def forward(self, x):
+        self.seen += 1
+        return self.other(x)
+
+
+@pytest.mark.parametrize("name", ["query_map", "value_map"])
+def test_maps_of_another_kind(name, calls):
+    module, x = make("qisa", {}, 12, 3)
+    with torch.no_grad():
+        whole = module(x)
+        setattr(module, name, Wrapped(getattr(module, name)))
+        torch.testing.assert_close(by_tokens(module, x), whole, rtol=1e-12, atol=1e-12)
+    assert getattr(module, name).seen == 1 + LENGTH - FILLED and calls == []
+
+
+def test_dropout_is_drawn(calls):
+    """As in generation by a model that is left in training mode."""
+    module, x = make("classical", {"dropout": 0.5}, 12, 3)
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(by_tokens(module.train(), x))
+    assert calls == [] and not torch.allclose(*found)
+    by_tokens(module.eval(), x)
+    assert calls
+
+
+class Rounding(KeyValueCache):
+    def append(self, keys, values, padding, positions):
+        return super().append(keys.round(decimals=1), values, padding, positions)
+
+
+class CountsAll(KeyValueCache):
+    def __len__(self):
+        return 2**40
+
+
+def test_a_cache_of_ones_own(calls):
+    module, x = make("gaussian", {}, 12, 3)
+    cache = Rounding(2, LENGTH)
+    by_tokens(module, x, cache)
+    assert torch.equal(cache._keys, cache._keys.round(decimals=1)) and calls == []
+    cache = KeyValueCache(2, LENGTH)
+    append = cache.append
+    cache.append = lambda keys, *rest: append(keys.round(decimals=1), *rest)
+    by_tokens(module, x, cache)
+    assert torch.equal(cache._keys, cache._keys.round(decimals=1)) and calls == []
+    assert CountsAll(2, 3).room_for_next(2) is None
+
+
+def parametrized_values(module):
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    parametrize.register_parametrization(module.value_map, "weights", Halved())
+
+
+def as_attribute(path):
+    def change(module):
+        linear = module.get_submodule(path)
+        weight = linear.weight.detach()
+        del linear.weight
+        linear.weight = weight
+
+    return change
+
+
+@pytest.mark.parametrize("change", [parametrized_values, *map(as_attribute, ("query_map.linear", "out_proj"))])
+def test_weights_that_are_kept_otherwise(change):
+    module, x = make("qisa", {}, 12, 3)
+    change(module)
+    with torch.no_grad():
+        torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_orthogonal_basis():
+    module, x = make("ngram", {}, 12, 3)
+    parametrizations.orthogonal(module.value_map, "weight")
+    with torch.no_grad():
+        torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-12, atol=1e-12)
+
+
+class InSinglePrecision(LearnedQuadraticFeatureMap):
+    def inputs(self, x):
+        return super().inputs(x).float()
+
+
+def test_inputs_of_a_subclass(calls):
+    module, x = make("ngram", {}, 12, 3)
+    module.value_map.__class__ = InSinglePrecision
+    with torch.no_grad():
+        torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-5, atol=1e-5)
+    assert calls  # its features are made before
+
+
+class Halving(FoldedExecutor):
+    def expectations(self, x, weights):
+        return super().expectations(x, weights) / 2
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_an_executor_of_ones_own(by_class):
+    module, x = make("qisa", {}, 12, 3)
+    values = module.value_map
+    if by_class:
+        values.use(Halving(values.circuits), "folded")
+    else:
+        own = values.executor.expectations
+        values.executor.expectations = lambda x, weights: own(x, weights) / 2
+    with torch.no_grad():
+        torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_executor_of_other_words_is_refused(calls):
+    module, x = make("qisa", {}, 12, 3)
+    cache = module.new_cache(2)
+    with torch.no_grad():
+        module(x[:, :FILLED], cache=cache)
+        other, _ = make("qisa", {"head_dim": 2}, 12, 3)
+        module.value_map.executor = other.value_map.executor
+        with pytest.raises(RuntimeError):
+            module(x[:, FILLED : FILLED + 1], cache=cache)
+    assert calls == []
+
+
+def test_a_score_that_was_changed():
+    module, x = make("gaussian", {}, 12, 3)
+    own, seen = module.score.queries, []
+    module.score.queries = lambda q: own(2 * q)
+    with torch.no_grad():
+        torch.testing.assert_close(by_tokens(module, x), module(x), rtol=1e-12, atol=1e-12)
+    module, x = make("classical", {"head_dim": 2}, 12, 2)
+    module.score.register_forward_hook(lambda *_: seen.append(1))
+    by_tokens(module, x)
+    plain = list(seen)
+    with torch.no_grad():
+        module(x)
+    assert len(plain) in (0, LENGTH - FILLED)  # as often as without kernels: fused attention calls no score
+
+
+def test_as_many_temperatures_as_heads(calls):
+    module, x = make("gaussian", {}, 12, 3)
+    cache = module.new_cache(2)
+    with torch.no_grad():
+        module(x[:, :FILLED], cache=cache)
+        module.score.raw_beta.data = torch.ones(6, dtype=torch.float64)
+        module(x[:, FILLED : FILLED + 1], cache=cache)
+    assert calls == []
+
+
+def test_sparse_weights(calls):
+    module, x = make("gaussian", {}, 12, 3)
+    with torch.no_grad():
+        whole = module(x)
+        module.out_proj.weight = nn.Parameter(module.out_proj.weight.to_sparse_csr())
+        torch.testing.assert_close(by_tokens(module, x), whole, rtol=1e-12, atol=1e-12)
+    assert calls == []
+
+
+def test_another_default_device(calls):
+    module, x = make("classical", {}, 12, 3)
+    with torch.no_grad(), torch.device("meta"):
+        module.new_cache(2)
+        found = by_tokens(module, x)
+    with torch.no_grad():
+        torch.testing.assert_close(found, module(x), rtol=1e-12, atol=1e-12)
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["classical", "gaussian", "qisa"])
+def test_what_is_recorded_is_no_constant(name, calls):
+    module, x = make(name, {}, 12, 3)
+
+    def last(x):
+        cache = module.new_cache(2)
+        with torch.no_grad():
+            module(x[:, :FILLED], cache=cache)
+            return module(x[:, FILLED : FILLED + 1], cache=cache)
+
+    program, other = make_fx(last)(x), x.flip(2)
+    torch.testing.assert_close(program(other), last(other), rtol=1e-12, atol=1e-12)
+    assert len(calls) == 1
+
+
+def test_what_is_refused_leaves_no_trace():
+    module, x = make("ngram", {}, 12, 3)
+    cache = KeyValueCache(2, 4)
+    with torch.no_grad():
+        module(x[:, :FILLED], cache=cache)
+        with pytest.raises(ValueError, match="the cache has room for max_len=4 tokens"):
+            module(x[:, 5:7], cache=cache)
+        found = module(x[:, FILLED : FILLED + 1], cache=cache)
+        torch.testing.assert_close(found, module(x)[:, FILLED : FILLED + 1], rtol=1e-12, atol=1e-12)
