@@ -44,16 +44,16 @@ def attend(
 ) -> Float[Tensor, "batch 1 embed"] | None:
     """The attention of the next token of each text, which the cache holds afterwards; `None`, and nothing is changed,
     if no kernel serves it."""
-    if not kernels.serve(x) or len(x) > most_texts(x.dtype):
+    if not kernels.serve(x) or x.shape[0] > most_texts(x.dtype):
         return None
     parts = attention._modules
     maps = parts["query_map"], parts["key_map"], parts["value_map"]
-    if not _is_served(parts["score"]) or not all(isinstance(part, FeatureMap) for part in maps):
+    if not _is_served(parts["score"]) or not all([isinstance(part, FeatureMap) for part in maps]):
         return None
     drops = attention.training and attention.dropout
     if drops or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    room, out = cache.room_for_next(len(x)), affine(parts["out_proj"])
+    room, out = cache.room_for_next(x.shape[0]), affine(parts["out_proj"])
     if room is None or out is None:
         return None
 
@@ -78,7 +78,7 @@ def attend(
     of_values, result = _made_of(v, maps[2], joined, sizes.heads), torch.empty_like(x)
     # in the order that `token_kernels.py` gives; they are held here until the kernel has read them
     read = (x, *of_queries, *of_keys, *of_values, *forms, inputs, *room[:2], *out, result)
-    places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in read)
+    places = tuple([0 if tensor is None else tensor.data_ptr() for tensor in read])
     attend_token(places, tuple(sizes), betas, is_double, least, is_product, is_raw, *words)
     cache.count_next()
     if attention.span > 1:
@@ -109,7 +109,7 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, attention: "Attention", x: Tensor, room: tuple, joined: Tensor, v: Recipe | None) -> "_Sizes":
-        texts, heads, length = len(x), attention.num_heads, room[0].shape[2]
+        (texts, _, embed), heads, length = x.shape, attention.num_heads, room[0].shape[2]
         rows, width, number, by_head, by_text = 0, joined.shape[2], texts, 0, 1
         if isinstance(v, Forms):
             inputs = _in_rows(v.inputs)
@@ -118,8 +118,8 @@ class _Sizes(NamedTuple):
             # of a single set or token the stride is of no meaning
             by_head, by_text = by_set // width if sets > 1 else 0, by_token // width if tokens > 1 else 0
             number = 1 + (sets - 1) * by_head + (tokens - 1) * by_text
-        features, outputs = attention.query_map.out_features, attention.head_dim
-        return cls(texts, heads, x.shape[2], features, outputs, room[2], length, rows, width, number, by_head, by_text)
+        features, outputs = attention._modules["query_map"].out_features, attention.head_dim
+        return cls(texts, heads, embed, features, outputs, room[2], length, rows, width, number, by_head, by_text)
 
     @property
     def work(self) -> int:
@@ -163,7 +163,7 @@ def _are_held(
             return False
         if inputs.shape[0] not in (1, heads) or inputs.shape[1] != texts:
             return False
-    return all(tensor is None or _is_held(tensor, shape, dtype) for tensor, shape in needed)
+    return all([tensor is None or _is_held(tensor, shape, dtype) for tensor, shape in needed])
 
 
 def _is_held(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
